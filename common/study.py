@@ -1,0 +1,328 @@
+"""The study file: everything scientific about a study, in one TOML file.
+
+`Study.digest` (SHA-256 of the canonical form) names a study in approvals, ledgers, messages and
+certificates. A study never names a path, a site or a noise multiplier: where data lies and how much
+privacy may be spent is the site's to say, and noise is calibrated at the site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from common.errors import StudyError
+from common.files import Strict, parse_config, read_bounded, validated
+
+FORMAT = 1
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+MissingRule = Literal["refuse", "indicator", "exclude"]
+
+
+class NumericColumn(Strict):
+    """A measured quantity.
+
+    Attributes:
+        unit: the unit that the values have once a site has converted them (UCUM where there is one).
+        range: plausible range; a value outside is a violation.
+        reference: public interval that is scaled linearly to [-1, 1]; `range` when absent. It comes
+            from the literature, never from a site's data, so that scaling costs no privacy.
+        default: public value that stands in for a missing one; the middle of `reference` when absent.
+        repeat: the column stands for `name_0 … name_{repeat-1}` (waveforms, pixels).
+    """
+
+    kind: Literal["numeric"]
+    name: Name
+    description: str = ""
+    unit: str
+    range: tuple[Finite, Finite]
+    reference: tuple[Finite, Finite] | None = None
+    missing: MissingRule | None = None
+    missing_codes: tuple[str, ...] = ()
+    default: Finite | None = None
+    repeat: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for field, interval in (("range", self.range), ("reference", self.reference)):
+            if interval is not None and not interval[0] < interval[1]:
+                raise ValueError(f"column {self.name}: {field} must rise, got {list(interval)}")
+        if self.default is not None and not self.range[0] <= self.default <= self.range[1]:
+            raise ValueError(f"column {self.name}: default {self.default} lies outside range")
+        return self
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.reference or self.range
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the table's columns that this dictionary entry reads."""
+        return (self.name,) if self.repeat == 1 else tuple(f"{self.name}_{i}" for i in range(self.repeat))
+
+
+class CategoricalColumn(Strict):
+    """A coded quantity, one-hot encoded in the order of `codes`.
+
+    Attributes:
+        codes: code as it stands in the data → what it means. Whole numbers match `1` and `1.0` alike.
+        default: the code that stands in for a missing one; all zeros when absent.
+    """
+
+    kind: Literal["categorical"]
+    name: Name
+    description: str = ""
+    codes: Annotated[dict[str, str], Field(min_length=2, max_length=4096)]
+    missing: MissingRule | None = None
+    missing_codes: tuple[str, ...] = ()
+    default: str | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.default is not None and self.default not in self.codes:
+            raise ValueError(f"column {self.name}: default {self.default!r} is not one of its codes")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
+
+
+class LabelClass(Strict):
+    name: str
+    codes: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class Label(Strict):
+    """What is learnt: class i is predicted as index i; in binary studies class 1 is the positive one."""
+
+    column: Name
+    description: str = ""
+    classes: Annotated[tuple[LabelClass, ...], Field(min_length=2, max_length=4096)]
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Self:
+        codes = [code for each in self.classes for code in each.codes]
+        if len(set(codes)) != len(codes):
+            raise ValueError(f"label {self.column}: a code stands for two classes")
+        return self
+
+
+class Split(Strict):
+    """Who trains and who tests, decided per patient.
+
+    `keyed-hash`: a patient tests if HMAC-SHA256(site secret, patient id) falls below `test_fraction`:
+    stable under re-ordering and re-export, and no outsider can compute it.
+    `column`: a column that holds `train` or `test` (to reproduce a published split).
+    """
+
+    by: Literal["keyed-hash", "column"] = "keyed-hash"
+    test_fraction: Fraction = 0.2
+    column: Name | None = None
+
+    @model_validator(mode="after")
+    def _column_named(self) -> Self:
+        if (self.by == "column") != (self.column is not None):
+            raise ValueError('split: give `column` with by = "column", and only then')
+        return self
+
+
+class Data(Strict):
+    patient_key: Name = "patient_id"
+    missing: MissingRule = "refuse"
+    columns: Annotated[tuple[Column, ...], Field(min_length=1, max_length=4096)]
+    label: Label
+    split: Split = Split()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [s for c in self.columns for s in c.sources] + [self.patient_key, self.label.column]
+        names += [self.split.column] if self.split.column else []
+        twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) != len(names) else []
+        if twice:
+            raise ValueError(f"column names must be unique; twice: {', '.join(twice[:5])}")
+        return self
+
+
+class Model(Strict):
+    """A registered model and its own parameters (common/models says which)."""
+
+    name: Slug
+    parameters: dict[str, Any] = {}
+
+
+class Objective(Strict):
+    task: Literal["binary", "multi-class"]
+    loss: Literal["cross-entropy", "hinge"] = "cross-entropy"
+
+
+class Optimizer(Strict):
+    name: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class Training(Strict):
+    """A site's work in one round.
+
+    Give one of `local_steps` and `local_epochs` (an epoch is ceil(1 / sample_rate) steps), and one of
+    `sample_rate` (each patient's chance to take part in a step) and `patients_per_step` (expected).
+
+    Attributes:
+        records: a patient's gradient is the `mean` or the `sum` of its records' gradients.
+        max_records_per_patient: beyond it, that many are chosen at random, anew at each step.
+    """
+
+    optimizer: Optimizer
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    local_epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    patients_per_step: Annotated[int, Field(ge=1)] | None = None
+    records: Literal["mean", "sum"] = "mean"
+    max_records_per_patient: Annotated[int, Field(ge=1, le=100_000)] = 1
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("training: give exactly one of local_steps and local_epochs")
+        if (self.sample_rate is None) == (self.patients_per_step is None):
+            raise ValueError("training: give exactly one of sample_rate and patients_per_step")
+        return self
+
+
+class Privacy(Strict):
+    """The target that each site calibrates its own noise to, for the whole study.
+
+    `patient-dp`: (epsilon, delta) differential privacy, unit = patient, add/remove one patient.
+    `none`: no protection; a deployed site refuses unless its policy says the cohort is public anyway.
+    """
+
+    mode: Literal["patient-dp", "none"]
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
+    clipping_norm: Positive | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        given = [v is not None for v in (self.epsilon, self.delta, self.clipping_norm)]
+        if (self.mode == "patient-dp") != all(given) or (self.mode == "none" and any(given)):
+            raise ValueError(
+                'privacy: mode = "patient-dp" needs epsilon, delta and clipping_norm; mode = "none" has none'
+            )
+        return self
+
+
+class Algorithm(Strict):
+    """How the coordinator combines the sites' updates."""
+
+    name: Literal["fedavg"] = "fedavg"
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    server_learning_rate: Positive = 1.0
+
+
+class Evaluation(Strict):
+    """What a site tells about the test patients, as a noised score-by-label histogram.
+
+    The test patients are disjoint from the training patients, so the privacy target holds for each
+    group on its own (parallel composition).
+
+    Attributes:
+        every: evaluate the global model every so many rounds, besides the end; 0 = at the end only.
+        bins: number of score bins in [0, 1]; even, so that 0.5 is an edge.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+
+
+class Study(Strict):
+    """A study as read from its file. Immutable; equal studies have equal digests."""
+
+    format: Literal[1] = FORMAT
+    name: Slug
+    title: str
+    description: str = ""
+    data: Data
+    model: Model
+    objective: Objective
+    algorithm: Algorithm
+    training: Training
+    privacy: Privacy
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.objective.task == "binary" and len(self.data.label.classes) != 2:
+            raise ValueError(f"objective: binary needs 2 label classes, got {len(self.data.label.classes)}")
+        return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The study as canonical JSON: defaults filled in, keys sorted, no white space, UTF-8."""
+        value = self.model_dump(mode="json")
+        return json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `canonical`, 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+    @property
+    def private(self) -> bool:
+        return self.privacy.mode == "patient-dp"
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's last layer: 1 logit in binary studies, else one per class."""
+        return 1 if self.objective.task == "binary" else len(self.data.label.classes)
+
+    @property
+    def evaluations(self) -> int:
+        """How many times the whole study evaluates the global model, the end included."""
+        every = self.evaluation.every
+        return 1 + (sum(1 for r in range(2, self.algorithm.rounds + 1) if (r - 1) % every == 0) if every else 0)
+
+    def evaluates_in(self, round_number: int) -> bool:
+        """Whether round `round_number` (1 …) also evaluates; round `rounds + 1` evaluates only."""
+        if round_number == self.algorithm.rounds + 1:
+            return True
+        every = self.evaluation.every
+        return every > 0 and round_number > 1 and (round_number - 1) % every == 0
+
+    def public_training_size(self, public_size: int) -> int:
+        """Training patients that the site's public size stands for, at least 1."""
+        return max(1, math.floor(public_size * (1 - self.data.split.test_fraction)))
+
+
+def parse_study(content: bytes, origin: str) -> Study:
+    """Read a study from TOML or canonical JSON; `origin` is how messages name it.
+
+    Raises:
+        StudyError: naming the field and the remedy.
+    """
+    return validated(Study, parse_config(content, origin, StudyError), origin, StudyError)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file (TOML, or canonical JSON).
+
+    Raises:
+        StudyError: if it is absent, unreadable or wrong, naming file, field and remedy.
+    """
+    return parse_study(read_bounded(path, StudyError), str(path))
