@@ -1,0 +1,126 @@
+"""site.toml: where a hospital's data lies and whom it connects to. It names no model and no privacy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from common.errors import SiteError
+from common.files import Strict, load_config
+from common.study import Finite, Name, Slug
+
+
+class Mapping(Strict):
+    """How one column of the data dictionary stands in the site's own table.
+
+    Attributes:
+        column: the table's column; the dictionary's name when absent.
+        unit: the unit in which the table holds it. Where it differs from the dictionary's,
+            `multiply` and `add` convert: dictionary value = table value * multiply + add.
+        codes: the table's code → the dictionary's code.
+    """
+
+    column: str | None = None
+    unit: str | None = None
+    multiply: Finite = 1.0
+    add: Finite = 0.0
+    codes: dict[str, str] = {}
+
+
+class DataSource(Strict):
+    """One table of records, CSV or Parquet, by the file's ending.
+
+    Attributes:
+        file: relative to site.toml.
+        delimiter: of a CSV file.
+        columns: dictionary name → mapping, for those that differ.
+        max_bytes: refuse a larger file, whatever its header claims.
+        max_records: refuse more records.
+    """
+
+    file: str
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    columns: dict[Name, Mapping] = {}
+    max_bytes: Annotated[int, Field(ge=1)] = 4 << 30
+    max_records: Annotated[int, Field(ge=1)] = 20_000_000
+
+
+class Identity(Strict):
+    """Attributes:
+    name: how the consortium calls the site.
+    public_size: patients in the cohort, declared and public: rounded down, e.g. to tens. It fixes
+        the weight in aggregation, the sampling rate and the divisor; the exact number stays private.
+    """
+
+    name: Slug
+    public_size: Annotated[int, Field(ge=1)]
+
+
+class CoordinatorAddress(Strict):
+    """Attributes:
+    address: host:port of the coordinator's TLS entrance.
+    certificate: the consortium's CA certificate (PEM), relative to site.toml.
+    """
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-]+:[0-9]{1,5}$")]
+    certificate: str = "ca.crt"
+
+
+class SiteFile(Strict):
+    """The content of site.toml."""
+
+    site: Identity
+    data: DataSource
+    coordinator: CoordinatorAddress | None = None
+
+
+class SiteFolder:
+    """A hospital's folder and the names of what lies in it.
+
+    Raises:
+        SiteError: if it has no readable site.toml.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.file = load_config(SiteFile, root / "site.toml", SiteError)
+
+    @property
+    def name(self) -> str:
+        return self.file.site.name
+
+    @property
+    def data_path(self) -> Path:
+        return self.root / self.file.data.file
+
+    @property
+    def policy_path(self) -> Path:
+        return self.root / "policy.toml"
+
+    @property
+    def approved(self) -> Path:
+        """Folder of approved studies, `DIGEST.json` each, in canonical form."""
+        return self.root / "approved"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.root / "ledger" / "ledger.jsonl"
+
+    @property
+    def replies(self) -> Path:
+        """Folder of replies that were committed, so that asking twice spends once."""
+        return self.root / "ledger" / "replies"
+
+    @property
+    def split_key_path(self) -> Path:
+        return self.root / "keys" / "split.key"
+
+    @property
+    def node_key_path(self) -> Path:
+        return self.root / "keys" / "node.key"
+
+    @property
+    def socket_path(self) -> Path:
+        return self.root / "run" / "vault.sock"
