@@ -296,7 +296,9 @@ class Study(Strict):
     def evaluations(self) -> int:
         """How many times the whole study evaluates the global model, the end included."""
         every = self.evaluation.every
-        return 1 + (sum(1 for r in range(2, self.algorithm.rounds + 1) if (r - 1) % every == 0) if every else 0)
+        return 1 + (
+            sum(1 for r in range(2, self.algorithm.rounds + 1) if (r - 1) % every == 0) if every else 0
+        )
 
     def evaluates_in(self, round_number: int) -> bool:
         """Whether round `round_number` (1 …) also evaluates; round `rounds + 1` evaluates only."""

@@ -1,0 +1,1 @@
+"""Noise, mechanisms, plans and accounting: what a study costs a patient, and how it is paid."""

@@ -1,0 +1,175 @@
+"""Every message that crosses the wall: one safetensors blob, its header in the metadata as JSON.
+
+No pickle anywhere: safetensors checks its own bounds, pydantic checks the header, and what remains is
+numbers of known shape. A `Job` goes to a site; a `Reply` or a `Refusal` comes back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from common.errors import MessageError
+from common.files import Strict
+from common.privacy.mechanism import Event
+from common.study import Slug
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = Mapping[str, Array]
+HEADER = "fedward"
+MAX_HEADER_BYTES = 1 << 20
+DTYPES = frozenset({"float32", "float64", "int64"})
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SessionId = Annotated[str, Field(pattern=r"^[0-9a-z][0-9a-z-]{0,63}$")]
+RoundNumber = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class JobHeader(Strict):
+    """What the coordinator asks for; it carries no privacy parameter, and nothing to run.
+
+    Attributes:
+        round: 1 … rounds trains; rounds + 1 evaluates the final model only.
+        metrics: `private` as the study says; `exact` for cohorts that are public anyway.
+    """
+
+    kind: Literal["job"] = "job"
+    session: SessionId
+    round: RoundNumber
+    study: Digest
+    metrics: Literal["private", "exact"] = "private"
+
+
+class ReplyHeader(Strict):
+    """What a site tells besides its arrays; everything here is public or paid for.
+
+    Attributes:
+        weight: training patients that the declared public size stands for.
+        epsilon: spent by this session so far, at `delta`; None without privacy.
+        exact: the metrics carry no noise, because the site's policy calls the cohort public.
+    """
+
+    kind: Literal["reply"] = "reply"
+    session: SessionId
+    round: RoundNumber
+    study: Digest
+    site: Slug
+    weight: Annotated[int, Field(ge=1)]
+    training: Event | None = None
+    evaluation: Event | None = None
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    delta: float | None = None
+    exact: bool = False
+
+
+class RefusalHeader(Strict):
+    """A site's no: a name for machines, and text that holds nothing about patients."""
+
+    kind: Literal["refusal"] = "refusal"
+    site: Slug
+    code: str
+    message: Annotated[str, Field(max_length=2000)]
+    remedy: Annotated[str, Field(max_length=2000)] = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attributes:
+    parameters: the global model, name → array.
+    """
+
+    header: JobHeader
+    parameters: Arrays
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Attributes:
+    update: local minus global parameters, name → array; empty if only evaluated.
+    metrics: histograms, name → array; empty if not evaluated.
+    """
+
+    header: ReplyHeader
+    update: Arrays
+    metrics: Arrays
+
+
+@dataclass(frozen=True)
+class Refusal:
+    header: RefusalHeader
+
+
+_HEADER: TypeAdapter[JobHeader | ReplyHeader | RefusalHeader] = TypeAdapter(
+    Annotated[JobHeader | ReplyHeader | RefusalHeader, Field(discriminator="kind")]
+)
+
+
+def encode(message: Job | Reply | Refusal) -> bytes:
+    """A message as bytes; `decode` gives it back."""
+    arrays: dict[str, Array] = {}
+    if isinstance(message, Job):
+        arrays = _prefixed("parameters", message.parameters)
+    elif isinstance(message, Reply):
+        arrays = _prefixed("update", message.update) | _prefixed("metrics", message.metrics)
+    return save(arrays, metadata={HEADER: message.header.model_dump_json()})
+
+
+def decode(content: bytes) -> Job | Reply | Refusal:
+    """Read a message.
+
+    Raises:
+        MessageError: if it isn't a well-formed one; the text quotes nothing of its content.
+    """
+    header, arrays = _parts(content)
+    if isinstance(header, JobHeader):
+        return Job(header, _group("parameters", arrays, {"parameters"}))
+    if isinstance(header, ReplyHeader):
+        groups = {"update", "metrics"}
+        return Reply(header, _group("update", arrays, groups), _group("metrics", arrays, groups))
+    if arrays:
+        raise MessageError("a refusal carries no arrays", remedy="update the site's software")
+    return Refusal(header)
+
+
+def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dict[str, Array]]:
+    remedy = "both sides must run the same version of fedward"
+    try:
+        length = int.from_bytes(content[:8], "little")
+        if len(content) < 8 or length > min(MAX_HEADER_BYTES, len(content) - 8):
+            raise MessageError("a message whose header is larger than itself", remedy=remedy)
+        text = json.loads(content[8 : 8 + length])["__metadata__"][HEADER]
+        header = _HEADER.validate_json(text)
+        arrays = load(content)
+    except ValidationError as error:
+        where = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['type']}"
+            for e in error.errors(include_input=False)[:5]
+        )
+        raise MessageError(f"a message with a wrong header ({where})", remedy=remedy) from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MessageError(f"not a message ({type(error).__name__})", remedy=remedy) from None
+    odd = sorted({str(a.dtype) for a in arrays.values()} - DTYPES)
+    if odd:
+        raise MessageError(f"a message with arrays of type {', '.join(odd)}", remedy=remedy)
+    return header, arrays
+
+
+def _prefixed(group: str, arrays: Arrays) -> dict[str, Array]:
+    return {f"{group}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _group(group: str, arrays: Arrays, allowed: set[str]) -> dict[str, Array]:
+    unknown = [name for name in arrays if name.partition("/")[0] not in allowed]
+    if unknown:
+        raise MessageError(
+            f"a message with {len(unknown)} arrays of no known group",
+            remedy="both sides must run the same version of fedward",
+        )
+    return {n.partition("/")[2]: a for n, a in arrays.items() if n.partition("/")[0] == group}

@@ -1,0 +1,116 @@
+"""Model functions by name, and what makes a network fit for patient-level privacy."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.validators import ModuleValidator
+from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from torch import nn
+
+from common.errors import StudyError
+from common.messages import Array
+from common.study import Model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attributes:
+    inputs: features of a record.
+    outputs: 1 logit in binary studies, else one per class.
+    """
+
+    inputs: int
+    outputs: int
+
+
+ModelFunction = Callable[..., nn.Module]
+_MODELS: dict[str, ModelFunction] = {}
+
+
+def register(name: str) -> Callable[[ModelFunction], ModelFunction]:
+    """Make a function `(shape, **parameters) -> nn.Module` available to study files as `name`.
+
+    Its keyword parameters, with types and defaults, are what `[model.parameters]` may say. The module
+    maps float32 [records, inputs] to [records, outputs].
+    """
+
+    def keep(function: ModelFunction) -> ModelFunction:
+        if name in _MODELS:
+            raise ValueError(f"a model named {name!r} is registered already")
+        _MODELS[name] = function
+        return function
+
+    return keep
+
+
+def registered() -> tuple[str, ...]:
+    """Names of all models, sorted."""
+    return tuple(sorted(_MODELS))
+
+
+def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
+    """The network of a study, with initial weights drawn from `seed` (public: they protect nobody).
+
+    Raises:
+        StudyError: if the name is unknown, a parameter is wrong, or the network can't be trained under
+            patient-level privacy (batch statistics, buffers that data changes, layers without a
+            per-sample gradient).
+    """
+    function = _MODELS.get(model.name)
+    if function is None:
+        raise StudyError(f"model.name: {model.name!r} is unknown", remedy=f"one of {', '.join(registered())}")
+    parameters = _checked(function, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = function(shape, **parameters)
+    refuse_unsafe(network, model.name)
+    return network
+
+
+def _checked(function: ModelFunction, model: Model) -> dict[str, Any]:
+    signature = inspect.signature(function, eval_str=True)
+    fields: dict[str, Any] = {
+        name: (p.annotation, ... if p.default is p.empty else p.default)
+        for name, p in signature.parameters.items()
+        if name != "shape"
+    }
+    schema = create_model("parameters", __config__=ConfigDict(extra="forbid"), **fields)
+    try:
+        return dict(TypeAdapter(schema).validate_python(model.parameters))
+    except ValidationError as error:
+        found = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors(include_input=False)
+        )
+        raise StudyError(
+            f"model.parameters of {model.name}: {found}",
+            remedy=f"it takes {', '.join(fields) or 'no parameters'}",
+        ) from None
+
+
+def refuse_unsafe(network: nn.Module, name: str) -> None:
+    """Check that only noised gradients can carry data into the network.
+
+    Raises:
+        StudyError: naming the first layer that Opacus's validator refuses, or the first buffer.
+    """
+    errors = ModuleValidator.validate(network, strict=False)
+    if errors:
+        raise StudyError(
+            f"model {name}: {errors[0]}", remedy="use GroupNorm, and layers that Opacus supports"
+        )
+    for buffer, _ in network.named_buffers():
+        raise StudyError(
+            f"model {name}: buffer {buffer!r} would leave the site without noise",
+            remedy="use layers without running statistics",
+        )
+
+
+def parameter_arrays(network: nn.Module) -> dict[str, Array]:
+    """The network's parameters, name → float32 array, copied."""
+    return {n: np.array(p.detach().numpy(), dtype=np.float32) for n, p in network.named_parameters()}

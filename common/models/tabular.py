@@ -1,0 +1,47 @@
+"""Models for tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import nn
+
+from common.models.registry import Shape, register
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+def _zeroed_linear(shape: Shape) -> nn.Module:
+    layer = nn.Linear(shape.inputs, shape.outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(layer)
+
+
+@register("logistic-regression")
+def logistic_regression(shape: Shape) -> nn.Module:
+    """One linear layer from zero (its loss is convex), for the cross-entropy loss."""
+    return _zeroed_linear(shape)
+
+
+@register("linear-svm")
+def linear_svm(shape: Shape) -> nn.Module:
+    """One linear layer from zero, for the hinge loss; margin by `optimizer.weight_decay`."""
+    return _zeroed_linear(shape)
+
+
+@register("mlp")
+def mlp(
+    shape: Shape,
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=32)] = (64,),
+    activation: Literal["relu", "tanh", "gelu"] = "relu",
+) -> nn.Module:
+    """Fully connected layers of widths inputs-hidden…-outputs; `hidden = [128, 64]` on 28×28 images
+    of ten digits is 784-128-64-10."""
+    kinds = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+    widths = (shape.inputs, *hidden)
+    layers: list[nn.Module] = []
+    for i, j in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(i, j), kinds[activation]()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], shape.outputs))
