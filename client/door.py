@@ -39,7 +39,7 @@ def vault_for(node_config: Mapping[str, object]) -> Answer:
     socket = node_config.get(SOCKET_KEY)
     if not isinstance(socket, str) or not socket:
         raise SiteError(
-            f"the SuperNode's configuration has no {SOCKET_KEY}", remedy="start it with `fedward-site connect`"
+            f"the SuperNode's configuration has no {SOCKET_KEY}", remedy="use `fedward-site connect`"
         )
     return lambda request: ask(socket, request)
 

@@ -26,7 +26,7 @@ class Mapping(Strict):
     unit: str | None = None
     multiply: Finite = 1.0
     add: Finite = 0.0
-    codes: dict[str, str] = {}
+    codes: dict[str, str] = Field(default_factory=dict)
 
 
 class DataSource(Strict):
@@ -42,7 +42,7 @@ class DataSource(Strict):
 
     file: str
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
-    columns: dict[Name, Mapping] = {}
+    columns: dict[Name, Mapping] = Field(default_factory=dict)
     max_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     max_records: Annotated[int, Field(ge=1)] = 20_000_000
 

@@ -83,6 +83,17 @@ def load_config(model: type[M], path: Path, error: type[FedwardError]) -> M:
     return validated(model, parse_config(read_bounded(path, error), str(path), error), str(path), error)
 
 
+def canonical_json(value: object) -> bytes:
+    """The one form of a value that is hashed and signed: keys sorted, no white space, UTF-8.
+
+    Raises:
+        ValueError: if it holds NaN or infinity.
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
 def write_atomic(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Replace a file as a whole: its old or its new content survives a crash, nothing between.
 

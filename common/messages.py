@@ -52,7 +52,7 @@ class ReplyHeader(Strict):
 
     Attributes:
         weight: training patients that the declared public size stands for.
-        epsilon: spent by this session so far, at `delta`; None without privacy.
+        training, evaluation: what this round cost training and test patients.
         exact: the metrics carry no noise, because the site's policy calls the cohort public.
     """
 
@@ -64,8 +64,6 @@ class ReplyHeader(Strict):
     weight: Annotated[int, Field(ge=1)]
     training: Event | None = None
     evaluation: Event | None = None
-    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    delta: float | None = None
     exact: bool = False
 
 

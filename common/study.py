@@ -8,7 +8,6 @@ privacy may be spent is the site's to say, and noise is calibrated at the site.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from common.errors import StudyError
-from common.files import Strict, parse_config, read_bounded, validated
-
-FORMAT = 1
+from common.files import Strict, canonical_json, parse_config, read_bounded, validated
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
@@ -161,7 +158,7 @@ class Model(Strict):
     """A registered model and its own parameters (common/models says which)."""
 
     name: Slug
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class Objective(Strict):
@@ -252,7 +249,7 @@ class Evaluation(Strict):
 class Study(Strict):
     """A study as read from its file. Immutable; equal studies have equal digests."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Slug
     title: str
     description: str = ""
@@ -272,11 +269,8 @@ class Study(Strict):
 
     @cached_property
     def canonical(self) -> bytes:
-        """The study as canonical JSON: defaults filled in, keys sorted, no white space, UTF-8."""
-        value = self.model_dump(mode="json")
-        return json.dumps(
-            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        ).encode()
+        """The study as canonical JSON, defaults filled in."""
+        return canonical_json(self.model_dump(mode="json"))
 
     @cached_property
     def digest(self) -> str:
@@ -295,10 +289,7 @@ class Study(Strict):
     @property
     def evaluations(self) -> int:
         """How many times the whole study evaluates the global model, the end included."""
-        every = self.evaluation.every
-        return 1 + (
-            sum(1 for r in range(2, self.algorithm.rounds + 1) if (r - 1) % every == 0) if every else 0
-        )
+        return sum(self.evaluates_in(r) for r in range(1, self.algorithm.rounds + 2))
 
     def evaluates_in(self, round_number: int) -> bool:
         """Whether round `round_number` (1 …) also evaluates; round `rounds + 1` evaluates only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -42,6 +43,6 @@ def mlp(
     kinds = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
     widths = (shape.inputs, *hidden)
     layers: list[nn.Module] = []
-    for i, j in zip(widths, widths[1:], strict=False):
+    for i, j in pairwise(widths):
         layers += [nn.Linear(i, j), kinds[activation]()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], shape.outputs))

@@ -44,7 +44,7 @@ class Stream:
 
     def uniform(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """`count` float64 values, uniform on the multiples of 2^-53 in [0, 1)."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def bernoulli(self, count: int, probability: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """`count` independent coins; each is true with `probability`, to within 2^-53."""

@@ -1,0 +1,171 @@
+"""A site's patients as tensors: checked against the study, grouped by patient, split into train and test.
+
+Who tests, and in which order patients stand, follows from HMAC-SHA256(site secret, patient id): it is
+the same however the file is sorted or exported, and nobody without the secret can compute it.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from client.settings import SiteFolder
+from client.sources import read_table
+from common.errors import DataError, SiteError
+from common.schema import Encoded, encode_coded, examine, missing_text, normal_text
+from common.study import Study
+from common.table import Positions, Table, Violation, refuse
+
+SHORTEST_SPLIT_KEY = 16  # bytes
+_PARTS = {"train": 0, "test": 1}
+
+
+@dataclass(frozen=True, repr=False)
+class Patients:
+    """Records of some patients, each patient's together.
+
+    Attributes:
+        features: float32 [records, width].
+        labels: int64 [records], index of the class.
+        offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    offsets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __repr__(self) -> str:  # sizes are private
+        return "Patients(…)"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A site's training and test patients; no patient is in both."""
+
+    train: Patients
+    test: Patients
+
+
+def load_cohort(folder: SiteFolder, study: Study, split_key: bytes) -> Cohort:
+    """Read, check, encode, group and split the site's records.
+
+    Args:
+        split_key: the site's secret, at least 16 bytes; it decides the order of patients, and under
+            `keyed-hash` who tests.
+
+    Raises:
+        SiteError: if the key is too short, or site.toml doesn't fit the study.
+        DataError: naming file, columns, counts and lines of everything that is wrong; it stays at the
+            site. Also if no patient is left to train on.
+    """
+    if len(split_key) < SHORTEST_SPLIT_KEY:
+        raise SiteError(
+            f"{folder.split_key_path}: shorter than {SHORTEST_SPLIT_KEY} bytes", remedy="make a new split key"
+        )
+    table = read_table(folder, study)
+    violations: list[Violation] = []
+    part = _column_parts(table, study, violations)
+    if part is not None:
+        chosen = np.flatnonzero(part >= 0).astype(np.int64)
+        table, part = table.take(chosen), part[chosen]
+    patients, ids = _patients(table, study, violations)
+    violations += _torn_patients(table, study, patients, part)
+    violations += _repeated_rows(table, study, patients)
+    coded, found = examine(table, study)
+    refuse(table.origin, violations + found)
+
+    digests = [hmac.digest(split_key, patient.encode(), "sha256") for patient in ids]
+    encoded = encode_coded(coded, study)
+    if part is None:
+        border = int(study.data.split.test_fraction * 2**64)
+        tests = np.array([int.from_bytes(d[:8], "big") < border for d in digests], dtype=np.bool_)
+        part = tests[patients].astype(np.int64)
+    rank = np.empty(len(ids), dtype=np.int64)
+    rank[sorted(range(len(ids)), key=digests.__getitem__)] = np.arange(len(ids))
+    ranks, part = rank[patients][encoded.kept], part[encoded.kept]
+    cohort = Cohort(
+        train=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["train"])),
+        test=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["test"])),
+    )
+    if len(cohort.train) == 0:
+        raise DataError(
+            f"{table.origin}: no patient is left to train on",
+            remedy="check the split, and which columns are missing where the study excludes the record",
+        )
+    return cohort
+
+
+def _patients(
+    table: Table, study: Study, violations: list[Violation]
+) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Each record's patient as an index, and the patients' ids. Missing ids are violations."""
+    key = study.data.patient_key
+    text = normal_text(table.columns[key])
+    missing = missing_text(text).to_numpy(zero_copy_only=False)
+    if missing.any():
+        violations.append(table.violation(key, "missing patient identifier", np.flatnonzero(missing)))
+    index, ids = pd.factorize(np.asarray(text.fill_null("").to_numpy(zero_copy_only=False), dtype=object))
+    return index.astype(np.int64), [str(i) for i in ids]
+
+
+def _column_parts(table: Table, study: Study, violations: list[Violation]) -> npt.NDArray[np.int64] | None:
+    """By the split column: 0 = train, 1 = test, -1 = neither; None if the split is by keyed hash."""
+    name = study.data.split.column
+    if name is None:
+        return None
+    text = normal_text(table.columns[name])
+    part = pa.compute.index_in(text, value_set=pa.array(list(_PARTS))).fill_null(-1)
+    parts = np.array(part.to_numpy(zero_copy_only=False), dtype=np.int64)
+    strange = (parts < 0) & ~missing_text(text).to_numpy(zero_copy_only=False)
+    if strange.any():
+        violations.append(table.violation(name, "neither train nor test nor empty", np.flatnonzero(strange)))
+    return parts
+
+
+def _torn_patients(
+    table: Table, study: Study, patients: npt.NDArray[np.int64], part: npt.NDArray[np.int64] | None
+) -> list[Violation]:
+    """Patients that the split column puts on both sides."""
+    if part is None or len(patients) == 0:
+        return []
+    seen = np.zeros((patients.max() + 1, 2), dtype=np.bool_)
+    seen[patients, part] = True
+    torn = np.flatnonzero(seen.all(axis=1)[patients])
+    name = str(study.data.split.column)
+    return [table.violation(name, "a patient has both train and test records", torn)] if len(torn) else []
+
+
+def _repeated_rows(table: Table, study: Study, patients: npt.NDArray[np.int64]) -> list[Violation]:
+    """Whole rows that a patient has twice: a broken export, not a second encounter."""
+    several: Positions = np.flatnonzero(np.bincount(patients)[patients] > 1).astype(np.int64)
+    if len(several) == 0:
+        return []
+    rows: Any = table.rows.take(pa.array(several)).to_pandas()
+    twice = several[rows.duplicated(keep="first").to_numpy()]
+    key = study.data.patient_key
+    return [table.violation(key, "the same row again for the same patient", twice)] if len(twice) else []
+
+
+def _grouped(encoded: Encoded, ranks: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> Patients:
+    """The chosen records by patient; within a patient by content, so that file order leaves no trace."""
+    order = chosen[np.argsort(ranks[chosen], kind="stable")]
+    _, starts, counts = np.unique(ranks[order], return_index=True, return_counts=True)
+    for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
+        block = order[start : start + count]
+        content = [(encoded.features[i].tobytes(), int(encoded.labels[i])) for i in block]
+        order[start : start + count] = block[sorted(range(count), key=content.__getitem__)]
+    return Patients(
+        features=torch.from_numpy(encoded.features[order]),
+        labels=torch.from_numpy(encoded.labels[order]),
+        offsets=torch.from_numpy(np.append(starts, len(order)).astype(np.int64)),
+    )

@@ -1,0 +1,186 @@
+"""What a site has spent: reserved on disk before any row is read, committed with the reply.
+
+One reservation per (session, round). Asking again returns the stored reply and spends nothing. After a
+crash between reserve and commit nothing has left the site, so the same request may run again on the
+same reservation: one release, paid once. A session is charged its whole planned ε when it begins, so
+the sum over an approval's sessions never exceeds what was granted, whatever order they come in; plain
+addition of (ε, δ) holds for sessions chosen after seeing earlier results (Rogers, Roth, Ullman, Vadhan
+2016, theorem 3.6 for the privacy filter by basic composition).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.policy import Approval
+from common.errors import BudgetExhausted, LedgerError, Refused
+from common.files import write_atomic
+from common.journal import Journal
+from common.privacy.mechanism import SubsampledGaussian
+
+KEPT_REPLIES = 2
+ROUNDING = 1 + 1e-9  # of sums of floating-point numbers
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Attributes:
+    request: SHA-256 of the request's bytes.
+    training, evaluation: what this round costs training and test patients; None if nothing.
+    session_epsilon, session_delta: planned for the whole session; None without privacy.
+    """
+
+    session: str
+    round: int
+    study: str
+    request: str
+    training: SubsampledGaussian | None = None
+    evaluation: SubsampledGaussian | None = None
+    session_epsilon: float | None = None
+    session_delta: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.session, self.round
+
+    def body(self) -> dict[str, Any]:
+        value = dict(vars(self))
+        for name in ("training", "evaluation"):
+            value[name] = value[name].model_dump(mode="json") if value[name] else None
+        return value
+
+    @staticmethod
+    def of(body: dict[str, Any]) -> Reservation:
+        value = dict(body)
+        for name in ("training", "evaluation"):
+            value[name] = SubsampledGaussian.model_validate(value[name]) if value[name] else None
+        return Reservation(**value)
+
+
+class Ledger:
+    """A site's spending, over every study and session.
+
+    Args:
+        path: the journal; its folder is made (mode 0700).
+        replies: folder of committed replies.
+        durable: fsync (see `Journal`).
+
+    Raises:
+        LedgerError: as `Journal`.
+    """
+
+    def __init__(self, path: Path, replies: Path, *, durable: bool = True) -> None:
+        replies.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._replies = replies
+        self._journal = Journal(path, durable=durable)
+        self._durable = durable
+        self._reserved: dict[tuple[str, int], Reservation] = {}
+        self._committed: dict[tuple[str, int], str] = {}
+        for entry in self._journal.entries:
+            if entry.kind == "reserve":
+                reservation = Reservation.of(entry.body)
+                self._reserved[reservation.key] = reservation
+            elif entry.kind == "commit":
+                self._committed[entry.body["session"], entry.body["round"]] = entry.body["reply"]
+
+    @property
+    def head(self) -> str:
+        return self._journal.head
+
+    @property
+    def reservations(self) -> tuple[Reservation, ...]:
+        return tuple(self._reserved.values())
+
+    def stored_reply(self, session: str, round_number: int, request: str) -> bytes | None:
+        """The reply that this very request has had; None if it never was answered.
+
+        Raises:
+            Refused: if the round was asked with another content, or its reply is no longer kept.
+            LedgerError: if the stored reply isn't what was committed.
+        """
+        known = self._reserved.get((session, round_number))
+        if known is None:
+            return None
+        if known.request != request:
+            raise Refused(
+                f"round {round_number} of session {session} was asked before, with another content",
+                remedy="a round runs once; resume the session from its last checkpoint",
+            )
+        digest = self._committed.get(known.key)
+        if digest is None:
+            return None
+        path = self._reply_path(session, round_number)
+        try:
+            reply = path.read_bytes()
+        except FileNotFoundError:
+            raise Refused(
+                f"round {round_number} of session {session} was answered; its reply is no longer kept",
+                remedy="resume the session from its last checkpoint",
+            ) from None
+        if hashlib.sha256(reply).hexdigest() != digest:
+            raise LedgerError(f"{path}: not the reply that was committed", remedy="restore the file")
+        return reply
+
+    def reserve(self, wanted: Reservation, approval: Approval) -> None:
+        """Write down what a round will cost; when this returns, it is spent.
+
+        Raises:
+            BudgetExhausted: if the session is new and the approval has too little left for it.
+            Refused: if the session belongs to another study.
+            LedgerError: if it can't be written.
+        """
+        if wanted.key in self._reserved:
+            return
+        sessions = {r.session: r for r in self._reserved.values()}
+        known = sessions.get(wanted.session)
+        if known is not None and known.study != wanted.study:
+            raise Refused(
+                f"session {wanted.session} belongs to another study", remedy="start a session of its own"
+            )
+        if known is None and wanted.session_epsilon is not None and wanted.session_delta is not None:
+            earlier = [r for r in sessions.values() if r.study == wanted.study]
+            eps = math.fsum([wanted.session_epsilon, *(r.session_epsilon or 0.0 for r in earlier)])
+            delta = math.fsum([wanted.session_delta, *(r.session_delta or 0.0 for r in earlier)])
+            if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
+                raise BudgetExhausted(
+                    f"{len(earlier)} earlier sessions of this study leave too little of the approved budget",
+                    remedy="the site's privacy officer may approve more: fedward-site approve",
+                )
+        self._journal.append("reserve", wanted.body())
+        self._reserved[wanted.key] = wanted
+
+    def commit(self, reservation: Reservation, reply: bytes) -> None:
+        """Keep a reply for whoever asks again, then mark its round as answered.
+
+        Raises:
+            LedgerError: if it can't be written; the round then counts as not answered.
+        """
+        digest = hashlib.sha256(reply).hexdigest()
+        path = self._reply_path(*reservation.key)
+        try:
+            if self._durable:
+                write_atomic(path, reply)
+            else:
+                path.write_bytes(reply)
+        except OSError as error:
+            raise LedgerError(f"{path}: {error.strerror}", remedy="free space on that disk") from None
+        self._journal.append(
+            "commit", {"session": reservation.session, "round": reservation.round, "reply": digest}
+        )
+        self._committed[reservation.key] = digest
+        old = self._reply_path(reservation.session, reservation.round - KEPT_REPLIES)
+        old.unlink(missing_ok=True)
+
+    def note(self, kind: str, body: dict[str, Any]) -> None:
+        """Write down an event that spends nothing (an approval, a revocation)."""
+        self._journal.append(kind, body)
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def _reply_path(self, session: str, round_number: int) -> Path:
+        return self._replies / f"{session}.{round_number}.safetensors"

@@ -1,0 +1,51 @@
+"""The last gate: what may leave a site, and in which form."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from common.errors import FedwardError, Refused
+from common.messages import Arrays, Refusal, RefusalHeader
+from common.privacy.noise import Stream
+from common.privacy.plan import HistogramPlan
+
+INNER_TROUBLE = "the site cannot do this now; its operator finds the reason in the vault's log"
+
+
+def noised_histograms(exact: Arrays, plan: HistogramPlan, stream: Stream) -> dict[str, np.ndarray]:
+    """Histograms with Gaussian noise of noise_multiplier * sensitivity in every cell, float64."""
+    scale = plan.noise_multiplier * plan.sensitivity
+    return {
+        name: array + scale * stream.normal(array.size).double().reshape(array.shape).numpy()
+        for name, array in exact.items()
+    }
+
+
+def finite(update: Arrays) -> Arrays:
+    """The update, unless training diverged.
+
+    Raises:
+        Refused: if any value is NaN or infinite.
+    """
+    if not all(np.isfinite(a).all() for a in update.values()):
+        raise Refused(
+            "local training diverged to NaN or infinity", remedy="lower the learning rate of the study"
+        )
+    return update
+
+
+def refusal(site: str, error: Exception) -> Refusal:
+    """What the coordinator is told. Only a `Refused` has text of its own: any other error may speak of
+    files, columns or counts, and those stay at the site."""
+    if isinstance(error, Refused):
+        header = RefusalHeader(site=site, code=error.code, message=error.message, remedy=error.remedy)
+    else:
+        code = error.code if isinstance(error, FedwardError) else "internal"
+        header = RefusalHeader(site=site, code=code, message=INNER_TROUBLE, remedy="ask the site's operator")
+    return Refusal(header)
+
+
+def single_thread() -> None:
+    """Compute on one thread: results then don't depend on the machine's cores (sites run side by side)."""
+    torch.set_num_threads(1)

@@ -1,0 +1,126 @@
+"""A site's work on one study: local training, with and without privacy, and evaluation.
+
+A trainer stays warm between rounds: tensors, network and plan are made once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from client.cohort import Cohort, Patients
+from client.dpsgd import ClippedGradients, batch_of, draw_batch, noised_mean
+from common.errors import Refused
+from common.messages import Arrays
+from common.metrics import histograms
+from common.models import Shape, build_model, parameter_arrays
+from common.objectives import record_losses, scores
+from common.privacy.noise import Stream
+from common.privacy.plan import StudyPlan
+from common.study import Optimizer, Study
+
+EVALUATION_RECORDS = 4096
+
+
+class Trainer:
+    """Trains and evaluates one study's model on one cohort.
+
+    Args:
+        cohort: its tensors, grouped by patient.
+        plan: what `plan_study` made for this site.
+    """
+
+    def __init__(self, study: Study, cohort: Cohort, plan: StudyPlan) -> None:
+        self.study, self.cohort, self.plan = study, cohort, plan
+        self._network = build_model(study.model, Shape(cohort.train.width, study.outputs))
+        self._expected = parameter_arrays(self._network)
+        self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
+
+    def train(self, parameters: Arrays, sampling: Stream, noise: Stream) -> dict[str, np.ndarray]:
+        """One round from the global parameters; returns local minus global, name → float32 array.
+
+        Raises:
+            Refused: if the parameters aren't those of the study's model.
+        """
+        self._load(parameters)
+        optimizer = make_optimizer(self.study.training.optimizer, self._network)
+        self._network.train()
+        if self._clipped is not None:
+            self._private_steps(self._clipped, optimizer, sampling, noise)
+        else:
+            self._plain_steps(optimizer, sampling)
+        trained = parameter_arrays(self._network)
+        return {name: trained[name] - parameters[name] for name in trained}
+
+    def _private_steps(
+        self, clipped: ClippedGradients, optimizer: torch.optim.Optimizer, sampling: Stream, noise: Stream
+    ) -> None:
+        step, patients = self.plan.step, self.cohort.train
+        for _ in range(self.plan.steps_per_round):
+            batch = draw_batch(patients, step, sampling)
+            gradient = noised_mean(clipped.sum(patients, batch, step.clipping_norm or 0.0), step, noise)
+            offset = 0
+            for parameter in clipped.parameters:
+                piece = gradient[offset : offset + parameter.numel()]
+                parameter.grad = piece.view_as(parameter)
+                offset += parameter.numel()
+            optimizer.step()
+
+    def _plain_steps(self, optimizer: torch.optim.Optimizer, sampling: Stream) -> None:
+        """Ordinary mini-batches of shuffled patients, over and over; for cohorts that are public."""
+        patients, step = self.cohort.train, self.plan.step
+        size = max(1, round(step.divisor))
+        if step.sample_rate == 1:
+            size = patients.count
+        waiting = np.empty(0, dtype=np.intp)
+        for _ in range(self.plan.steps_per_round):
+            if not len(waiting):
+                waiting = sampling.permutation(patients.count)
+            batch = batch_of(patients, waiting[:size], step, sampling)
+            waiting = waiting[size:]
+            outputs = self._network(patients.features[batch.records])
+            losses = record_losses(self.study.objective, outputs, patients.labels[batch.records])
+            optimizer.zero_grad()
+            ((losses * batch.weights).sum() / batch.patients).backward()
+            optimizer.step()
+
+    def evaluate(self, parameters: Arrays, bins: int) -> dict[str, np.ndarray]:
+        """Exact histograms of the test patients' scores (common/metrics); noise is the caller's."""
+        self._load(parameters)
+        patients = self.cohort.test
+        return histograms(self.study, self._scores(patients), patients.labels, patients.shares, bins)
+
+    @torch.no_grad()
+    def _scores(self, patients: Patients) -> torch.Tensor:
+        self._network.eval()
+        parts = [self._network(part) for part in patients.features.split(EVALUATION_RECORDS)]
+        return scores(self.study.objective, torch.cat(parts))
+
+    def _load(self, parameters: Arrays) -> None:
+        found = {n: (a.shape, str(a.dtype)) for n, a in parameters.items()}
+        if found != {n: (a.shape, str(a.dtype)) for n, a in self._expected.items()}:
+            raise Refused(
+                "the parameters are not those of the approved study's model",
+                remedy="the coordinator must send what common.models builds from this study",
+            )
+        if not all(np.isfinite(a).all() for a in parameters.values()):
+            raise Refused("the parameters hold NaN or infinity", remedy="resume from a sound checkpoint")
+        with torch.no_grad():
+            for name, parameter in self._network.named_parameters():
+                parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+def make_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    """The local optimiser, new each round: its state never outlives the noised gradients it saw."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if settings.name == "adam":
+        return torch.optim.Adam(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=False
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )

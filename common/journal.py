@@ -1,0 +1,139 @@
+"""An append-only, hash-chained, fsynced log: one JSON object a line.
+
+Each entry holds the hash of the one before, so that no entry can be changed, dropped or moved without
+breaking the chain. A last line without its end is the trace of a crash during `append`: nobody was told
+that it was written, so it is set aside. Any other damage is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import LedgerError
+from common.files import canonical_json, sync_folder
+
+GENESIS = "0" * 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Attributes:
+    time: seconds since 1970 by the machine's clock; for people, nothing relies on it.
+    hash: SHA-256 over the previous hash and this entry's canonical JSON.
+    """
+
+    sequence: int
+    time: float
+    kind: str
+    body: dict[str, Any]
+    previous: str
+    hash: str
+
+    def line(self) -> bytes:
+        return canonical_json(vars(self)) + b"\n"
+
+
+def _linked(sequence: int, at: float, kind: str, body: dict[str, Any], previous: str) -> Entry:
+    content = {"sequence": sequence, "time": at, "kind": kind, "body": body, "previous": previous}
+    return Entry(sequence, at, kind, body, previous, hashlib.sha256(canonical_json(content)).hexdigest())
+
+
+class Journal:
+    """The one open handle on a journal file.
+
+    Args:
+        path: created with mode 0600 if absent; its folder must exist.
+        durable: fsync each entry. Simulations, whose budgets are nobody's, do without.
+
+    Raises:
+        LedgerError: if another process holds it, its chain is broken, or it can't be read.
+    """
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        self.path = path
+        self._durable = durable
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise LedgerError(f"{path}: {error.strerror}", remedy="check the folder's permissions") from None
+        try:
+            self._lock()
+            self.entries = self._read()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        if durable:
+            sync_folder(path.parent)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LedgerError(
+                f"{self.path}: another vault holds this ledger",
+                remedy="stop it first; a ledger has one vault",
+            ) from None
+
+    def _read(self) -> list[Entry]:
+        content = self.path.read_bytes()
+        whole, _, torn = content.rpartition(b"\n")
+        if torn:
+            self.path.with_suffix(".torn").write_bytes(torn)
+            os.ftruncate(self._descriptor, len(content) - len(torn))
+        entries: list[Entry] = []
+        for number, line in enumerate(whole.splitlines() if whole else [], start=1):
+            entries.append(self._checked(line, number, entries[-1].hash if entries else GENESIS))
+        return entries
+
+    def _checked(self, line: bytes, number: int, previous: str) -> Entry:
+        try:
+            entry = Entry(**json.loads(line))
+            sound = entry == _linked(number, entry.time, entry.kind, entry.body, previous)
+        except (ValueError, TypeError):
+            sound = False
+        if not sound:
+            raise LedgerError(
+                f"{self.path}: line {number} is not what was written",
+                remedy="restore the file from a copy whose chain is whole; never edit it",
+            )
+        return entry
+
+    @property
+    def head(self) -> str:
+        """Hash of the last entry."""
+        return self.entries[-1].hash if self.entries else GENESIS
+
+    def append(self, kind: str, body: dict[str, Any]) -> Entry:
+        """Write one entry; it is on disk when this returns.
+
+        Raises:
+            LedgerError: if it can't be written whole; the file is then as before.
+        """
+        entry = _linked(len(self.entries) + 1, time.time(), kind, body, self.head)
+        line = entry.line()
+        before = os.fstat(self._descriptor).st_size
+        try:
+            if os.write(self._descriptor, line) != len(line):
+                raise OSError(28, "No space left on device")
+            if self._durable:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, before)
+            raise LedgerError(
+                f"{self.path}: cannot be written ({error.strerror})", remedy="free space on that disk"
+            ) from None
+        self.entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        """Let the file go; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

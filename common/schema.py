@@ -1,0 +1,341 @@
+"""The data dictionary at work: text in, checked and encoded features out.
+
+A study's dictionary compiles to pandera schemas over *coded* columns (numbers as they are, categories
+and labels as the index of their code, NaN = missing). Every violation is collected before anything is
+raised. What the features are called, and how many there are, depends on the study alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pandera.pandas as pandera
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from common.errors import DataError, StudyError
+from common.study import CategoricalColumn, NumericColumn, Study
+from common.table import Positions, Table, Violation, refuse
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+_WHOLE = r"^([+-]?[0-9]+)\.0$"  # RE2 and `re` read it alike
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?(?i:inf|infinity)$"
+_MISSING = "missing though the study refuses missing values"
+_SCHEMAS_KEPT = 32
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Records as a model takes them.
+
+    Attributes:
+        features: float32 [records, width], width = len(feature_names(study)).
+        labels: int64 [records], index of the label's class.
+        kept: int64 [records], positions in the table; those with an `exclude`d missing value are absent.
+    """
+
+    features: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    kept: Positions
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Decoded columns, float64 [records] or [records, repeat] each; NaN = missing."""
+
+    columns: Mapping[str, Floats]
+    labels: Floats
+
+
+@dataclass(frozen=True)
+class _Dictionary:
+    """What a study's data dictionary compiles to, once.
+
+    Attributes:
+        schema: over the coded columns that stand alone, and the label.
+        repeated: name → schema of one long column, for columns that repeat.
+        codes: name → code in normal form → its index.
+    """
+
+    schema: Any
+    repeated: Mapping[str, Any]
+    codes: Mapping[str, Mapping[str, int]]
+
+
+_dictionaries: OrderedDict[str, _Dictionary] = OrderedDict()
+
+
+def compile_schema(study: Study) -> pandera.DataFrameSchema:
+    """The pandera schema of the coded columns that stand alone, and of the label.
+
+    Raises:
+        StudyError: if two codes of a column are the same once `1.0` reads as `1`.
+    """
+    schema: pandera.DataFrameSchema = _dictionary(study).schema
+    return schema
+
+
+def feature_names(study: Study) -> tuple[str, ...]:
+    """Names of the encoded features in their order, from the study alone.
+
+    `age` is a number scaled to [-1, 1] over the dictionary's interval; `cp=4` is one code of a category;
+    `age:missing` is 1 where the value is missing (rule `indicator`).
+    """
+    names: list[str] = []
+    for column in study.data.columns:
+        if isinstance(column, CategoricalColumn):
+            names += [f"{column.name}={code}" for code in column.codes]
+        else:
+            names += column.sources
+        if _rule(column, study) == "indicator":
+            names += [f"{source}:missing" for source in column.sources]
+    return tuple(names)
+
+
+def missing_text(text: Any, codes: Sequence[str] = ()) -> Any:
+    """Where trimmed text (pyarrow) is missing: null, empty, NaN, or one of the column's missing codes."""
+    absent = pc.is_in(pc.utf8_lower(text), value_set=pa.array(["", "nan"]))
+    if codes:
+        known = pa.array([*codes, *(normal_code(code) for code in codes)])
+        absent = pc.or_(absent, pc.is_in(normal_text(text), value_set=known))
+    return pc.or_(pc.is_null(text), absent)
+
+
+def normal_code(code: str) -> str:
+    """A code's normal form: `1.0` reads as `1`; `01` stays."""
+    return re.sub(_WHOLE, r"\1", code.strip())
+
+
+def normal_text(text: Any) -> Any:
+    """`normal_code` of a whole pyarrow column."""
+    return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), _WHOLE, r"\1")
+
+
+def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
+    """Decode a table and say everything that breaks the dictionary.
+
+    Returns:
+        The coded columns (meaningless where there are violations), and the violations.
+
+    Raises:
+        DataError: if the table lacks columns of the dictionary.
+    """
+    require_columns(table, study)
+    dictionary = _dictionary(study)
+    violations: list[Violation] = []
+    coded: dict[str, Floats] = {}
+    for column in study.data.columns:
+        if isinstance(column, NumericColumn):
+            coded[column.name] = _decode_numeric(table, column, violations)
+        else:
+            text = pc.utf8_trim_whitespace(table.columns[column.name])
+            missing = missing_text(text, column.missing_codes)
+            coded[column.name] = _decode_codes(text, missing, dictionary.codes[column.name])
+    label = study.data.label.column
+    text = pc.utf8_trim_whitespace(table.columns[label])
+    labels = _decode_codes(text, missing_text(text), dictionary.codes[label])
+
+    alone = {c.name: coded[c.name] for c in study.data.columns if c.name not in dictionary.repeated}
+    violations += _violations(dictionary.schema, {**alone, label: labels}, table, {}, label)
+    for name, schema in dictionary.repeated.items():
+        block = coded[name]
+        sources = next(c.sources for c in study.data.columns if c.name == name)
+        violations += _violations(schema, {name: block.T.reshape(-1)}, table, {name: sources}, label)
+    order = {s: i for i, c in enumerate(study.data.columns) for s in c.sources}
+    violations.sort(key=lambda v: order.get(v.column, len(order)))
+    return Coded(coded, labels), violations
+
+
+def encode(table: Table, study: Study) -> Encoded:
+    """Check a table against the dictionary and encode it.
+
+    Raises:
+        DataError: naming every violation's column, count and first lines.
+    """
+    coded, violations = examine(table, study)
+    refuse(table.origin, violations)
+    return encode_coded(coded, study)
+
+
+def encode_coded(coded: Coded, study: Study) -> Encoded:
+    """Features and labels of columns that have no violation."""
+    records = len(coded.labels)
+    kept = np.ones(records, dtype=np.bool_)
+    parts: list[npt.NDArray[np.float32]] = []
+    dictionary = _dictionary(study)
+    for column in study.data.columns:
+        values = coded.columns[column.name]
+        missing = np.isnan(values)
+        rule = _rule(column, study)
+        if rule == "exclude":
+            kept &= ~missing.reshape(records, -1).any(axis=1)
+        if isinstance(column, NumericColumn):
+            low, high = column.interval
+            default = (low + high) / 2 if column.default is None else column.default
+            scaled = (np.where(missing, default, values) - low) * (2.0 / (high - low)) - 1.0
+            parts.append(scaled.astype(np.float32).reshape(records, column.repeat))
+        else:
+            codes = dictionary.codes[column.name]
+            default = -1 if column.default is None else codes[normal_code(column.default)]
+            index = np.where(missing, default, values).astype(np.int64)
+            parts.append((index[:, None] == np.arange(len(codes))).astype(np.float32))
+        if rule == "indicator":
+            parts.append(missing.reshape(records, -1).astype(np.float32))
+    positions = np.flatnonzero(kept).astype(np.int64)
+    features = np.concatenate(parts, axis=1)
+    if len(positions) < records:
+        features = features[positions]
+    return Encoded(features, coded.labels[positions].astype(np.int64), positions)
+
+
+def needed_columns(study: Study) -> tuple[str, ...]:
+    """Every name that a table must offer: patient key, label, split column and the dictionary's sources."""
+    data = study.data
+    split = (data.split.column,) if data.split.column else ()
+    return (data.patient_key, data.label.column, *split, *(s for c in data.columns for s in c.sources))
+
+
+def require_columns(table: Table, study: Study) -> None:
+    """Raises:
+    DataError: naming the columns that the table lacks.
+    """
+    lacking = [name for name in needed_columns(study) if name not in table.columns]
+    if lacking:
+        more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
+        raise DataError(
+            f"{table.origin}: the table lacks column {', '.join(lacking[:10])}{more}",
+            remedy="export the columns, or say in site.toml [data.columns.NAME] what they are called there",
+        )
+
+
+def _rule(column: NumericColumn | CategoricalColumn, study: Study) -> str:
+    return column.missing or study.data.missing
+
+
+def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violation]) -> Floats:
+    """Numbers as float64 [records] or [records, repeat]; cells that are no numbers become violations."""
+    chunks = [table.columns[source] for source in column.sources]
+    text = pc.utf8_trim_whitespace(pa.concat_arrays(chunks) if len(chunks) > 1 else chunks[0])
+    text = pc.if_else(missing_text(text, column.missing_codes), None, text)
+    try:
+        values = _floats(pc.cast(text, pa.float64()))
+        strange = np.isnan(values) & ~_mask(pc.is_null(text))  # such as "-nan"
+    except pa.ArrowInvalid:  # its text quotes the cell
+        readable = pc.match_substring_regex(text, _NUMBER)
+        values = _floats(pc.cast(pc.if_else(readable, text, None), pa.float64()))
+        strange = _mask(pc.invert(pc.fill_null(readable, True)))
+    if strange.any():
+        for s, source in enumerate(column.sources):
+            found = np.flatnonzero(strange[s * table.records : (s + 1) * table.records])
+            if len(found):
+                violations.append(table.violation(source, "not a number", found))
+        values[strange] = (column.range[0] + column.range[1]) / 2  # already told; no second violation
+    return values if column.repeat == 1 else values.reshape(column.repeat, table.records).T
+
+
+def _decode_codes(text: Any, missing: Any, codes: Mapping[str, int]) -> Floats:
+    """Index of each code, -1 if unknown, NaN if missing; float64 [records]."""
+    index = pc.index_in(normal_text(text), value_set=pa.array(list(codes)))
+    classes = np.array(list(codes.values()), dtype=np.float64)
+    found = pc.fill_null(index, -1).to_numpy(zero_copy_only=False)
+    return np.where(_mask(missing), np.nan, np.where(found < 0, -1.0, classes[found]))
+
+
+def _floats(array: Any) -> Floats:
+    return np.array(pc.fill_null(array, float("nan")).to_numpy(zero_copy_only=False), dtype=np.float64)
+
+
+def _mask(array: Any) -> Mask:
+    return np.asarray(array.to_numpy(zero_copy_only=False), dtype=np.bool_)
+
+
+def _violations(
+    schema: Any, coded: Mapping[str, Floats], table: Table, sources: Mapping[str, Sequence[str]], label: str
+) -> list[Violation]:
+    """What pandera finds; a long column's cells are traced back to their source and record."""
+    try:
+        schema.validate(pd.DataFrame(dict(coded)), lazy=True)
+    except pandera.errors.SchemaErrors as failure:
+        cases = failure.failure_cases[["column", "check", "index"]]
+    else:
+        return []
+    found = []
+    for (name, check), group in cases.groupby(["column", "check"], sort=False):
+        cells = np.sort(group["index"].to_numpy(dtype=np.int64))
+        problem = str(check)
+        if check == "not_nullable":
+            problem = "missing; every record needs a label" if name == label else _MISSING
+        names = sources.get(str(name), (str(name),))
+        for s in np.unique(cells // table.records):
+            chosen = cells[cells // table.records == s] % table.records
+            found.append(table.violation(names[int(s)], problem, chosen))
+    return found
+
+
+def _dictionary(study: Study) -> _Dictionary:
+    known = _dictionaries.get(study.digest)
+    if known is None:
+        known = _dictionaries[study.digest] = _compile(study)
+        if len(_dictionaries) > _SCHEMAS_KEPT:
+            _dictionaries.popitem(last=False)
+    return known
+
+
+def _compile(study: Study) -> _Dictionary:
+    codes: dict[str, Mapping[str, int]] = {}
+    alone: dict[str, Any] = {}
+    repeated: dict[str, Any] = {}
+    for column in study.data.columns:
+        nullable = _rule(column, study) != "refuse"
+        if isinstance(column, NumericColumn):
+            schema = pandera.Column(float, _numeric_checks(column), nullable=nullable)
+            if column.repeat > 1:
+                repeated[column.name] = pandera.DataFrameSchema({column.name: schema})
+                continue
+        else:
+            codes[column.name] = _indices([(code, i) for i, code in enumerate(column.codes)], column.name)
+            schema = pandera.Column(float, _code_check("unknown code"), nullable=nullable)
+        alone[column.name] = schema
+    label = study.data.label
+    classes = [(code, i) for i, each in enumerate(label.classes) for code in each.codes]
+    codes[label.column] = _indices(classes, label.column)
+    alone[label.column] = pandera.Column(float, _code_check("unknown label code"), nullable=False)
+    return _Dictionary(pandera.DataFrameSchema(alone), repeated, codes)
+
+
+def _numeric_checks(column: NumericColumn) -> list[Any]:
+    low, high = column.range
+    unit = "" if column.unit == "1" else f" {column.unit}"
+
+    def plausible(values: pd.Series[float]) -> pd.Series[bool]:
+        return values.between(low, high) | np.isinf(values)
+
+    def finite(values: pd.Series[float]) -> pd.Series[bool]:
+        return values.abs() != np.inf
+
+    return [
+        pandera.Check(finite, error="infinite"),
+        pandera.Check(plausible, error=f"outside the plausible range {low:g} to {high:g}{unit}"),
+    ]
+
+
+def _code_check(problem: str) -> Any:
+    return pandera.Check.ge(0, error=problem)
+
+
+def _indices(codes: Sequence[tuple[str, int]], column: str) -> dict[str, int]:
+    normal = {normal_code(code): index for code, index in codes}
+    if len(normal) != len(codes):
+        raise StudyError(
+            f"column {column}: two of its codes are the same once 1.0 reads as 1", remedy="remove one of them"
+        )
+    return normal
