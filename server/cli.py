@@ -72,7 +72,7 @@ def enrol(
     with speaking(json) as speaker:
         node_id = flower.register_node(CoordinatorFolder(folder), public_key, name)
         speaker.say(f"enrolled {name} (node {node_id})")
-        speaker.answer({"name": name, "node_id": node_id})
+        speaker.answer({"name": name, "node_id": str(node_id)})
 
 
 @main.command()
@@ -83,7 +83,7 @@ def sites(folder: Folder, json: JsonOption = False) -> None:
         speaker.table(
             "Sites", ["site", "status", "node"], [[n.name, n.status, str(n.node_id)] for n in found]
         )
-        speaker.answer({"sites": [{"name": n.name, "status": n.status, "node_id": n.node_id} for n in found]})
+        speaker.answer({"sites": [{"name": n.name, "status": n.status, "node_id": str(n.node_id)} for n in found]})
 
 
 if __name__ == "__main__":
