@@ -140,7 +140,7 @@ def _torn_patients(
         return []
     seen = np.zeros((patients.max() + 1, 2), dtype=np.bool_)
     seen[patients, part] = True
-    torn = np.flatnonzero(seen.all(axis=1)[patients])
+    torn = np.flatnonzero((seen[:, 0] & seen[:, 1])[patients])
     name = str(study.data.split.column)
     return [table.violation(name, "a patient has both train and test records", torn)] if len(torn) else []
 

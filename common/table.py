@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from common.errors import DataError
 
+Place = Literal["line", "row"]
 Positions = npt.NDArray[np.int64]
 PLACES_SHOWN = 5
 VIOLATIONS_SHOWN = 40
@@ -32,7 +33,7 @@ class Table:
     origin: str
     columns: Mapping[str, Any]
     rows: Any
-    place: Literal["line", "row"]
+    place: Place
     locate: Callable[[Sequence[int]], Sequence[int]]
 
     @property
@@ -79,7 +80,7 @@ class Violation:
     column: str
     problem: str
     count: int
-    place: Literal["line", "row"]
+    place: Place
     places: tuple[int, ...]
 
     def __str__(self) -> str:

@@ -1,0 +1,190 @@
+"""A site's table under the names, units and codes of a study's dictionary, as site.toml maps them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from client.settings import DataSource, Mapping, SiteFolder
+from client.sources.columnar import read_parquet
+from client.sources.delimited import read_csv
+from common.errors import DataError, SiteError
+from common.schema import missing_text, needed_columns, normal_code, normal_text
+from common.study import CategoricalColumn, NumericColumn, Study
+from common.table import Table
+
+_MAP_REMEDY = "mend [data.columns] in site.toml"
+
+
+def read_table(folder: SiteFolder, study: Study) -> Table:
+    """Read the site's file, all of it as text, under the study's names.
+
+    Sizes are checked before anything is read: the file's own, and what a Parquet header claims.
+
+    Raises:
+        SiteError: if the mapping in site.toml doesn't fit the study or the table.
+        DataError: if the file is absent, too large, damaged, or lacks a column.
+    """
+    source = folder.file.data
+    path = folder.data_path
+    plan = _Plan(folder, study)
+    ending = path.suffix.lower()
+    if ending not in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
+        raise SiteError(
+            f"{path}: neither CSV nor Parquet by its name", remedy="name a .csv or .parquet file in site.toml"
+        )
+    with _opened(path, source) as file:
+        if ending in (".parquet", ".pq"):
+            rows, place, locate = read_parquet(file, str(path), source, plan.wanted)
+        else:
+            rows, place, locate = read_csv(file, str(path), source)
+    return Table(str(path), plan.apply(rows, str(path)), rows, place, locate)
+
+
+class _Plan:
+    """Which of the table's columns each dictionary name reads, and how its values are converted.
+
+    Raises:
+        SiteError: where units or codes don't fit the dictionary, or two names read one column.
+    """
+
+    def __init__(self, folder: SiteFolder, study: Study) -> None:
+        self.origin = str(folder.root / "site.toml")
+        self.names = needed_columns(study)
+        self.columns = {s: c for c in study.data.columns for s in c.sources}
+        self.label = study.data.label
+        self.key = study.data.patient_key
+        self.mappings = {name: self._mapping(name, folder.file.data) for name in self.names}
+        self.wanted = {name: self.mappings[name].column or name for name in self.names}
+        for name in {*self.names} & {*folder.file.data.columns} | {c.name for c in study.data.columns}:
+            self._check(name, folder.file.data.columns.get(name, Mapping()))
+        first: dict[str, str] = {}
+        for name, column in self.wanted.items():
+            other = first.setdefault(column, name)
+            if other != name:
+                raise SiteError(
+                    f"{self.origin}: {other} and {name} read the same column of the table", remedy=_MAP_REMEDY
+                )
+
+    def _mapping(self, name: str, source: DataSource) -> Mapping:
+        """The name's own mapping, or for `ecg_7` that of its repeated column `ecg`."""
+        if name in source.columns:
+            return source.columns[name]
+        column = self.columns.get(name)
+        if column is None or column.name == name or column.name not in source.columns:
+            return Mapping()
+        stem = source.columns[column.name]
+        renamed = None if stem.column is None else stem.column + name.removeprefix(column.name)
+        return stem.model_copy(update={"column": renamed})
+
+    def _check(self, name: str, mapping: Mapping) -> None:
+        column = next((c for c in self.columns.values() if name in (c.name, *c.sources)), None)
+        converts = mapping.multiply != 1.0 or mapping.add != 0.0
+        if isinstance(column, NumericColumn):
+            if mapping.unit not in (None, column.unit) and not converts:
+                self._fail(
+                    name, f"is in {mapping.unit} but the study wants {column.unit}: give multiply or add"
+                )
+            if mapping.multiply == 0.0:
+                self._fail(name, "multiply = 0 would erase every value")
+            return
+        if converts or mapping.unit is not None:
+            self._fail(name, "has no unit in this study")
+        if mapping.codes and name == self.key:
+            self._fail(name, "is the patient key; identifiers have no codes")
+        self._check_codes(name, mapping, column)
+
+    def _check_codes(self, name: str, mapping: Mapping, column: CategoricalColumn | None) -> None:
+        if column is not None:
+            known = {*column.codes, *column.missing_codes}
+        elif name == self.label.column:
+            known = {code for each in self.label.classes for code in each.codes}
+        else:
+            known = {"train", "test", ""}
+        strange = {normal_code(c) for c in mapping.codes.values()} - {normal_code(c) for c in known}
+        if strange:
+            self._fail(name, f"{len(strange)} of its codes are mapped to codes that the study doesn't have")
+
+    def _fail(self, name: str, problem: str) -> None:
+        raise SiteError(f"{self.origin}: data.columns.{name}: {problem}", remedy=_MAP_REMEDY)
+
+    def apply(self, rows: Any, origin: str) -> dict[str, Any]:
+        """Dictionary name → converted text.
+
+        Raises:
+            DataError: naming the dictionary's columns that the table lacks; never what it has instead,
+                because the first line of a file without a header is a patient.
+        """
+        have = set(rows.column_names)
+        lacking = [name for name in self.names if self.wanted[name] not in have]
+        if lacking:
+            more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
+            raise DataError(
+                f"{origin}: the table lacks column {', '.join(lacking[:10])}{more}",
+                remedy="export the columns with a header line, or say in site.toml [data.columns.NAME] "
+                "what they are called there",
+            )
+        return {name: self._converted(name, rows.column(self.wanted[name])) for name in self.names}
+
+    def _converted(self, name: str, chunked: Any) -> Any:
+        text = chunked.combine_chunks()
+        mapping = self.mappings[name]
+        if mapping.codes:
+            theirs = [normal_code(code) for code in mapping.codes]
+            index = pc.index_in(normal_text(text), value_set=pa.array(theirs))
+            ours = pa.array(list(mapping.codes.values()), pa.string()).take(index)
+            text = pc.coalesce(ours, text)
+        column = self.columns.get(name)
+        if isinstance(column, NumericColumn) and (mapping.multiply != 1.0 or mapping.add != 0.0):
+            return _rescaled(text, mapping, column)
+        return text
+
+
+def _rescaled(text: Any, mapping: Mapping, column: NumericColumn) -> Any:
+    """Numbers in the dictionary's unit; missing codes and what is no number stay as they are."""
+    plain = pc.utf8_trim_whitespace(text)
+    convertible = pc.and_(
+        pc.invert(missing_text(plain, column.missing_codes)),
+        pc.fill_null(
+            pc.match_substring_regex(plain, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"), False
+        ),
+    )
+    values = pc.cast(pc.if_else(convertible, plain, None), pa.float64()).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = pa.array(values * mapping.multiply + mapping.add).cast(pa.string())
+    return pc.if_else(convertible, converted, text)
+
+
+def _opened(path: Path, source: DataSource) -> BinaryIO:
+    """The file, once it is known to be a regular one of a bearable size.
+
+    Raises:
+        DataError: if it isn't.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+            raise DataError(f"{path}: is {kind}, not a file", remedy="name the file itself in site.toml")
+        file = path.open("rb")
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or "not a possible path"
+        raise DataError(
+            f"{path}: cannot be read ({reason})", remedy="check [data] file in site.toml and its permissions"
+        ) from None
+    size = os.fstat(file.fileno()).st_size
+    if size == 0 or size > source.max_bytes:
+        file.close()
+        if size == 0:
+            raise DataError(f"{path}: is empty", remedy="export the table again")
+        raise DataError(
+            f"{path}: holds {size} bytes, more than {source.max_bytes}",
+            remedy="raise max_bytes in site.toml if the machine's memory allows it",
+        )
+    return file

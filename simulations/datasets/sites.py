@@ -1,0 +1,59 @@
+"""What a prepared hospital looks like: site.toml, patients.csv, SOURCE.txt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import tomli_w
+
+from common.errors import DatasetError
+from common.files import write_atomic
+from simulations.datasets.registry import Dataset
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """Attributes:
+    name: the site's name, and its folder's.
+    patients: one row a record, columns under the dictionary's names; missing values are NaN.
+    eligible: patients that a study may use; its tens are declared as public size.
+    """
+
+    name: str
+    patients: pd.DataFrame
+    eligible: int
+
+
+def write_sites(dataset: Dataset, hospitals: Sequence[Hospital], sites: Path) -> tuple[Path, ...]:
+    """Write one folder per hospital; its keys, policy and ledger, if there are any, stay as they are.
+
+    Raises:
+        DatasetError: if the folder cannot be written.
+    """
+    folders = []
+    source = (
+        f"{dataset.title}\n\nCitation: {dataset.citation}\nLicence: {dataset.licence}\n\n"
+        "Prepared by fedward as one hospital of a simulated consortium. Public data, not a cohort of that "
+        "hospital's present patients.\n"
+    )
+    for hospital in hospitals:
+        folder = sites / hospital.name
+        site = {
+            "site": {"name": hospital.name, "public_size": max(1, hospital.eligible // 10 * 10)},
+            "data": {"file": "patients.csv"},
+        }
+        csv = hospital.patients.to_csv(index=False, lineterminator="\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "patients.csv", csv.encode())
+            write_atomic(folder / "SOURCE.txt", source.encode())
+            write_atomic(folder / "site.toml", tomli_w.dumps(site).encode())
+        except OSError as failure:
+            raise DatasetError(
+                f"{folder}: cannot be written ({failure.strerror})", remedy="choose another folder"
+            ) from None
+        folders.append(folder)
+    return tuple(folders)
