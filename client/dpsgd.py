@@ -49,7 +49,7 @@ class Batch:
 
 def draw_batch(patients: Patients, plan: StepPlan, stream: Stream) -> Batch:
     """Choose patients by independent coins, and at most `max_records` of each one's records."""
-    chosen = np.flatnonzero(stream.bernoulli(patients.count, plan.sample_rate))
+    chosen = np.flatnonzero(stream.bernoulli(len(patients), plan.sample_rate))
     return batch_of(patients, chosen, plan, stream)
 
 

@@ -79,12 +79,18 @@ class SiteFile(Strict):
 class SiteFolder:
     """A hospital's folder and the names of what lies in it.
 
+    Args:
+        root: holds site.toml and the data.
+        state: holds everything else: policy, ledger, keys. `root`, but for simulations, which leave
+            the folder of a site as they find it.
+
     Raises:
         SiteError: if it has no readable site.toml.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, state: Path | None = None) -> None:
         self.root = root
+        self.state = state or root
         self.file = load_config(SiteFile, root / "site.toml", SiteError)
 
     @property
@@ -97,30 +103,30 @@ class SiteFolder:
 
     @property
     def policy_path(self) -> Path:
-        return self.root / "policy.toml"
+        return self.state / "policy.toml"
 
     @property
     def approved(self) -> Path:
         """Folder of approved studies, `DIGEST.json` each, in canonical form."""
-        return self.root / "approved"
+        return self.state / "approved"
 
     @property
     def ledger_path(self) -> Path:
-        return self.root / "ledger" / "ledger.jsonl"
+        return self.state / "ledger" / "ledger.jsonl"
 
     @property
     def replies(self) -> Path:
         """Folder of replies that were committed, so that asking twice spends once."""
-        return self.root / "ledger" / "replies"
+        return self.state / "ledger" / "replies"
 
     @property
     def split_key_path(self) -> Path:
-        return self.root / "keys" / "split.key"
+        return self.state / "keys" / "split.key"
 
     @property
     def node_key_path(self) -> Path:
-        return self.root / "keys" / "node.key"
+        return self.state / "keys" / "node.key"
 
     @property
     def socket_path(self) -> Path:
-        return self.root / "run" / "vault.sock"
+        return self.state / "run" / "vault.sock"

@@ -33,7 +33,7 @@ class Trainer:
 
     def __init__(self, study: Study, cohort: Cohort, plan: StudyPlan) -> None:
         self.study, self.cohort, self.plan = study, cohort, plan
-        self._network = build_model(study.model, Shape(cohort.train.width, study.outputs))
+        self._network = build_model(study.model, Shape(cohort.train.features.shape[1], study.outputs))
         self._expected = parameter_arrays(self._network)
         self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
 
@@ -72,11 +72,11 @@ class Trainer:
         patients, step = self.cohort.train, self.plan.step
         size = max(1, round(step.divisor))
         if step.sample_rate == 1:
-            size = patients.count
+            size = len(patients)
         waiting = np.empty(0, dtype=np.intp)
         for _ in range(self.plan.steps_per_round):
             if not len(waiting):
-                waiting = sampling.permutation(patients.count)
+                waiting = sampling.permutation(len(patients))
             batch = batch_of(patients, waiting[:size], step, sampling)
             waiting = waiting[size:]
             outputs = self._network(patients.features[batch.records])
@@ -89,7 +89,7 @@ class Trainer:
         """Exact histograms of the test patients' scores (common/metrics); noise is the caller's."""
         self._load(parameters)
         patients = self.cohort.test
-        return histograms(self.study, self._scores(patients), patients.labels, patients.shares, bins)
+        return histograms(self.study, self._scores(patients), patients.labels, shares(patients), bins)
 
     @torch.no_grad()
     def _scores(self, patients: Patients) -> torch.Tensor:
@@ -109,6 +109,12 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self._network.named_parameters():
                 parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+def shares(patients: Patients) -> torch.Tensor:
+    """Each record's share of its patient: 1 / the patient's records, float64 [records]."""
+    counts = patients.offsets.diff()
+    return torch.repeat_interleave(1.0 / counts.double(), counts)
 
 
 def make_optimizer(settings: Optimizer, network: nn.Module) -> torch.optim.Optimizer:

@@ -141,7 +141,7 @@ def provision(
         file = ServerFile(hosts=tuple(hosts), listen=listen, port=port, loopback_port=loopback_port)
     except ValueError:
         raise DeploymentError(
-            f"not valid: hosts {', '.join(hosts) or '(none)'}, address {listen}, port {port} or {loopback_port}",
+            f"not valid: hosts {', '.join(hosts)}, address {listen}, port {port} or {loopback_port}",
             remedy="give host names or IP addresses without a port, and ports from 1 to 65535",
         ) from None
     root.parent.mkdir(parents=True, exist_ok=True)

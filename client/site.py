@@ -1,0 +1,80 @@
+"""Composition: a site's folder becomes a vault."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from functools import partial
+
+import torch
+
+from client.cohort import load_cohort
+from client.ledger import Ledger
+from client.policy import approved_study, load_policy
+from client.settings import SiteFolder
+from client.vault import Holdings, Vault
+from common.errors import SiteError
+from common.files import read_bounded
+from common.privacy.noise import OperatingSystem, Randomness
+
+SPLIT_KEY_BYTES = 32
+
+
+def open_vault(
+    folder: SiteFolder,
+    *,
+    randomness: Randomness | None = None,
+    split_key: bytes | None = None,
+    durable: bool = True,
+) -> Vault:
+    """The vault of a site, not yet listening anywhere.
+
+    It computes on one thread: results don't depend on the machine's cores, and a simulation runs its
+    sites side by side.
+
+    Args:
+        randomness: the operating system's, unless a simulation says otherwise.
+        split_key: instead of the site's own secret (simulations).
+        durable: fsync the ledger (simulations do without).
+
+    Raises:
+        SiteError: if the split key is absent or unsafe.
+        LedgerError: if the ledger is corrupt or held by another vault.
+    """
+    torch.set_num_threads(1)
+    key = split_key or read_split_key(folder)
+    holdings = Holdings(
+        site=folder.name,
+        public_size=folder.file.site.public_size,
+        policy=partial(load_policy, folder),
+        study=partial(approved_study, folder),
+        cohort=lambda study: load_cohort(folder, study, key),
+    )
+    ledger = Ledger(folder.ledger_path, folder.replies, durable=durable)
+    return Vault(holdings, ledger, randomness or OperatingSystem())
+
+
+def read_split_key(folder: SiteFolder) -> bytes:
+    """The secret that decides who trains and who tests.
+
+    Raises:
+        SiteError: if it is absent, or readable by others.
+    """
+    path = folder.split_key_path
+    key = read_bounded(path, SiteError, limit=1024) if path.exists() else None
+    if key is None:
+        raise SiteError(f"{path}: no such file", remedy="make the site's keys: fedward-site keys")
+    if path.stat().st_mode & 0o077:
+        raise SiteError(f"{path}: others may read this secret", remedy=f"chmod 600 {path}")
+    return key
+
+
+def make_split_key(folder: SiteFolder) -> None:
+    """Make the split secret, once; an existing one is left alone."""
+    folder.split_key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(folder.split_key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(SPLIT_KEY_BYTES))

@@ -1,0 +1,180 @@
+"""Runs a session's rounds over a small port; knows no transport and no torch.
+
+A round: one message to every site → answers until the deadline → screening → the algorithm → the
+checkpoint → the next round. Without a quorum the same round is asked again: sites that answered return
+the reply that they stored, and spend nothing. A coordinator that died resumes after its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.errors import MessageError, StudyFailed
+from common.messages import Arrays, Job, JobHeader, Refusal, Reply, encode
+from common.study import Study
+from server.algorithms import FederatedAlgorithm, Update, algorithm_of
+from server.screening import screened
+from server.store import FAILED, FINISHED, RUNNING, Session, SiteAnswer, Store
+
+log = logging.getLogger("fedward.coordinator")
+
+PARAMETERS, STATE, METRICS = "parameters/", "state/", "metrics/"
+PAUSE = 1.0  # seconds between looks at who is online
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What came back from a node: an answer, or why there is none."""
+
+    node: int
+    content: bytes | None
+    reason: str = ""
+
+
+class Port(Protocol):
+    """The way to the sites."""
+
+    def nodes(self) -> Sequence[int]:
+        """Who is online."""
+
+    def exchange(self, requests: Mapping[int, bytes], deadline: float) -> Iterable[Delivery]:
+        """Send each node its request; yield what comes back within `deadline` seconds."""
+
+
+InitialParameters = Callable[[Study, int], Arrays]
+
+
+def run_session(store: Store, session_id: str, port: Port, initial: InitialParameters) -> None:
+    """Begin or resume a session and bring it to its end.
+
+    Args:
+        initial: study, seed → the model's initial parameters.
+
+    Raises:
+        StudyFailed: if sites, quorum or checkpoints are missing; the session is marked as failed and
+            can be resumed.
+    """
+    session = store.session(session_id)
+    store.mark(session.id, RUNNING)
+    try:
+        _Rounds(store, session, port, algorithm_of(session.study.algorithm)).run(initial)
+    except StudyFailed as error:
+        store.mark(session.id, FAILED, error.message)
+        raise
+    except BaseException as error:
+        store.mark(session.id, FAILED, f"unforeseen {type(error).__name__}")
+        raise
+    store.mark(session.id, FINISHED)
+
+
+class _Rounds:
+    """One session's rounds, from where its checkpoints end."""
+
+    def __init__(self, store: Store, session: Session, port: Port, algorithm: FederatedAlgorithm) -> None:
+        self._store, self._session, self._port, self._algorithm = store, session, port, algorithm
+        self._study, self._settings = session.study, session.settings
+
+    def run(self, initial: InitialParameters) -> None:
+        done = self._store.rounds_done(self._session.id)
+        if done:
+            checkpoint = self._store.checkpoint(self._session.id, done)
+            parameters, state = part(checkpoint, PARAMETERS), part(checkpoint, STATE)
+        else:
+            parameters = initial(self._study, self._settings.seed)
+            state = self._algorithm.init(parameters)
+        self._wait_for_sites(self._settings.sites)
+        for number in range(done + 1, self._study.algorithm.rounds + 2):
+            parameters, state = self._round(number, parameters, state)
+
+    def _round(self, number: int, parameters: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
+        header = JobHeader(
+            session=self._session.id,
+            round=number,
+            study=self._study.digest,
+            metrics="exact" if self._settings.exact_metrics else "private",
+        )
+        replies, answers = self._ask(Job(header, parameters))
+        if number <= self._study.algorithm.rounds:
+            updates = [Update(r.header.site, r.header.weight, r.update) for r in replies]
+            state, parameters = self._algorithm.apply(state, parameters, updates)
+        arrays = {PARAMETERS: parameters, STATE: state}
+        arrays |= {f"{METRICS}{r.header.site}/": r.metrics for r in replies}
+        self._store.record(self._session.id, number, joined(arrays), answers)
+        return parameters, state
+
+    def _ask(self, job: Job) -> tuple[list[Reply], tuple[SiteAnswer, ...]]:
+        content = encode(job)
+        answers: list[SiteAnswer] = []
+        for attempt in range(self._settings.attempts):
+            if attempt:
+                self._wait_for_sites(self._settings.quorum)
+            replies, answers = self._collect(job, content)
+            if len(replies) >= self._settings.quorum:
+                return replies, tuple(answers)
+            log.warning("round %d: %d replies, no quorum", job.header.round, len(replies))
+            if not any(a.outcome == "silence" for a in answers):
+                break  # a site that refused refuses again
+        reasons = "; ".join(f"{a.site}: {a.detail}" for a in answers if a.outcome != "reply")
+        raise StudyFailed(
+            f"round {job.header.round}: fewer than {self._settings.quorum} sites answered ({reasons[:1500]})",
+            remedy=f"mend that, then: fedward-server resume {self._session.id}",
+        )
+
+    def _collect(self, job: Job, content: bytes) -> tuple[list[Reply], list[SiteAnswer]]:
+        replies: dict[str, Reply] = {}
+        answers: list[SiteAnswer] = []
+        requests = dict.fromkeys(self._port.nodes(), content)
+        for delivery in self._port.exchange(requests, self._settings.deadline):
+            reply, answer = self._read(delivery, job)
+            if reply is not None and answer.site in replies:
+                answer = SiteAnswer(answer.site, "malformed", "two nodes answer for this site")
+            elif reply is not None:
+                replies[answer.site] = reply
+            answers.append(answer)
+        answers.sort(key=lambda a: a.site)
+        return list(replies.values()), answers
+
+    def _read(self, delivery: Delivery, job: Job) -> tuple[Reply | None, SiteAnswer]:
+        node = f"node {delivery.node}"
+        if delivery.content is None:
+            return None, SiteAnswer(node, "silence", delivery.reason)
+        try:
+            message = screened(delivery.content, job, self._study)
+        except MessageError as error:
+            return None, SiteAnswer(node, "malformed", error.message)
+        if isinstance(message, Refusal):
+            header = message.header
+            return None, SiteAnswer(header.site, "refusal", f"{header.code}: {header.message}")
+        told = message.header
+        return message, SiteAnswer(
+            site=told.site,
+            outcome="reply",
+            weight=told.weight,
+            training=told.training.model_dump(mode="json") if told.training else None,
+            evaluation=told.evaluation.model_dump(mode="json") if told.evaluation else None,
+            exact=told.exact,
+        )
+
+    def _wait_for_sites(self, wanted: int) -> None:
+        end = time.monotonic() + self._settings.patience
+        while (online := len(self._port.nodes())) < wanted:
+            if time.monotonic() > end:
+                raise StudyFailed(
+                    f"{online} of {wanted} sites online after {self._settings.patience:.0f} s",
+                    remedy="see who is missing: fedward-server sites",
+                )
+            time.sleep(PAUSE)
+
+
+def joined(groups: Mapping[str, Arrays]) -> Arrays:
+    """Groups of arrays under one roof: prefix → arrays becomes prefixed name → array."""
+    return {prefix + name: array for prefix, arrays in groups.items() for name, array in arrays.items()}
+
+
+def part(arrays: Arrays, prefix: str) -> Arrays:
+    """One group of `joined` arrays."""
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}

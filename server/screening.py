@@ -1,0 +1,55 @@
+"""Looks at each answer before it may touch the model: what is wrong is set aside, with the reason."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.errors import MessageError
+from common.messages import Arrays, Job, Refusal, Reply, decode
+from common.metrics import EXACT_BINS, histogram_shapes
+from common.study import Study
+
+LARGEST_WEIGHT = 1_000_000_000
+
+
+def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
+    """A site's answer, if it answers `job` and could have come from an honest site.
+
+    Raises:
+        MessageError: saying what is wrong: not a message, another round's, odd names, shapes or types,
+            NaN or infinity.
+    """
+    message = decode(content)
+    if isinstance(message, Refusal):
+        return message
+    if not isinstance(message, Reply):
+        raise MessageError("a job instead of a reply", remedy="update the site's software")
+    header, asked = message.header, job.header
+    if (header.session, header.round, header.study) != (asked.session, asked.round, asked.study):
+        raise MessageError("the reply belongs to another round", remedy="update the site's software")
+    if header.weight > LARGEST_WEIGHT:
+        raise MessageError(f"a weight of {header.weight}", remedy="check the site's public size")
+    trains = asked.round <= study.algorithm.rounds
+    _same_arrays(message.update, job.parameters if trains else {}, "update")
+    shapes = histogram_shapes(study, EXACT_BINS if header.exact else study.evaluation.bins)
+    if not study.evaluates_in(asked.round):
+        shapes = {}
+    if {n: a.shape for n, a in message.metrics.items()} != shapes:
+        raise MessageError("metrics of an unexpected shape", remedy="update the site's software")
+    _finite(message.metrics, "metrics")
+    return message
+
+
+def _same_arrays(found: Arrays, expected: Arrays, what: str) -> None:
+    if {n: (a.shape, a.dtype) for n, a in found.items()} != {
+        n: (a.shape, a.dtype) for n, a in expected.items()
+    }:
+        raise MessageError(
+            f"{what} whose names, shapes or types aren't the model's", remedy="update the site's software"
+        )
+    _finite(found, what)
+
+
+def _finite(arrays: Arrays, what: str) -> None:
+    if not all(np.isfinite(a).all() for a in arrays.values()):
+        raise MessageError(f"{what} with NaN or infinity", remedy="lower the study's learning rate")

@@ -1,0 +1,223 @@
+"""The coordinator's memory: sessions, rounds and checkpoints, in SQLite and safetensors files.
+
+A round is in the database only after its checkpoint is whole on disk, so a session always resumes from
+a round that every reader agrees on.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from common.errors import StudyFailed
+from common.files import write_atomic
+from common.messages import Arrays
+from common.study import Study, parse_study
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY, study TEXT NOT NULL, digest TEXT NOT NULL, settings TEXT NOT NULL,
+    status TEXT NOT NULL, detail TEXT NOT NULL, created REAL NOT NULL, run TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (
+    session TEXT NOT NULL REFERENCES sessions(id), round INTEGER NOT NULL, checkpoint TEXT NOT NULL,
+    answers TEXT NOT NULL, finished REAL NOT NULL, PRIMARY KEY (session, round)
+) STRICT;
+"""
+RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session is run; nothing scientific.
+
+    Attributes:
+        sites: how many sites to wait for before the first round.
+        quorum: a round counts if at least so many answered.
+        deadline: seconds that a site has for a round.
+        patience: seconds to wait for `sites` (and for a quorum) before giving up.
+        attempts: how often a round without a quorum is asked again.
+        exact_metrics: ask for metrics without noise (public cohorts only).
+        seed: of the initial weights; they protect nobody.
+    """
+
+    sites: int
+    quorum: int
+    deadline: float = 600.0
+    patience: float = 600.0
+    attempts: int = 3
+    exact_metrics: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SiteAnswer:
+    """What a site said in a round, besides arrays.
+
+    Attributes:
+        outcome: `reply`, `refusal`, `silence` or `malformed`.
+        detail: the reason of anything but a reply.
+        training, evaluation: privacy events as JSON values.
+        exact: its metrics carry no noise.
+    """
+
+    site: str
+    outcome: str
+    detail: str = ""
+    weight: int = 0
+    training: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study being run, or that has been."""
+
+    id: str
+    study: Study
+    settings: Settings
+    status: str
+    detail: str
+    created: float
+    run: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that counts, or the final evaluation."""
+
+    number: int
+    checkpoint: str
+    answers: tuple[SiteAnswer, ...]
+    finished: float
+
+
+class Store:
+    """Args:
+    root: folder, made if absent (mode 0700).
+    durable: sync to disk; simulations do without.
+    """
+
+    def __init__(self, root: Path, *, durable: bool = True) -> None:
+        self.root = root
+        self._durable = durable
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._database() as database:
+            database.executescript(SCHEMA)
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.root / "store.db", timeout=30)) as connection:
+            if not self._durable:
+                connection.execute("PRAGMA synchronous=OFF")
+            with connection:
+                yield connection
+
+    def create(self, session: str, study: Study, settings: Settings) -> None:
+        """Write down a new session.
+
+        Raises:
+            StudyFailed: if its id is taken.
+        """
+        row = (session, study.canonical.decode(), study.digest, json.dumps(asdict(settings)), RUNNING, "")
+        try:
+            with self._database() as database:
+                database.execute(
+                    "INSERT INTO sessions (id, study, digest, settings, status, detail, created) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*row, time.time()),
+                )
+        except sqlite3.IntegrityError:
+            raise StudyFailed(f"session {session} exists already", remedy="resume it instead") from None
+
+    def session(self, session: str) -> Session:
+        """Raises:
+        StudyFailed: if there is none of that id.
+        """
+        with self._database() as database:
+            row = database.execute(
+                "SELECT id, study, settings, status, detail, created, run FROM sessions WHERE id = ?",
+                (session,),
+            ).fetchone()
+        if row is None:
+            raise StudyFailed(
+                f"{self.root}: no session {session!r}", remedy="list them: fedward-server status"
+            )
+        study = parse_study(row[1].encode(), f"session {session}")
+        return Session(row[0], study, Settings(**json.loads(row[2])), row[3], row[4], row[5], row[6])
+
+    def sessions(self) -> tuple[Session, ...]:
+        """All sessions, the oldest first."""
+        with self._database() as database:
+            ids = [row[0] for row in database.execute("SELECT id FROM sessions ORDER BY created, id")]
+        return tuple(self.session(each) for each in ids)
+
+    def mark(self, session: str, status: str, detail: str = "") -> None:
+        """Set a session's status."""
+        with self._database() as database:
+            database.execute(
+                "UPDATE sessions SET status = ?, detail = ? WHERE id = ?", (status, detail, session)
+            )
+
+    def attach(self, session: str, run: str) -> None:
+        """Remember which Flower run carries the session now."""
+        with self._database() as database:
+            database.execute("UPDATE sessions SET run = ? WHERE id = ?", (run, session))
+
+    def record(self, session: str, number: int, arrays: Arrays, answers: tuple[SiteAnswer, ...]) -> None:
+        """Keep a round: checkpoint first, then the row that makes it count."""
+        path = self.checkpoint_path(session, number)
+        content = save(dict(arrays))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._durable:
+            write_atomic(path, content)
+        else:
+            path.write_bytes(content)
+        told = json.dumps([asdict(answer) for answer in answers])
+        with self._database() as database:
+            database.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (session, number, path.name, told, time.time())
+            )
+
+    def rounds(self, session: str) -> tuple[Round, ...]:
+        """The rounds that count so far, in order."""
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT round, checkpoint, answers, finished FROM rounds WHERE session = ? ORDER BY round",
+                (session,),
+            ).fetchall()
+        return tuple(
+            Round(number, checkpoint, tuple(SiteAnswer(**a) for a in json.loads(told)), finished)
+            for number, checkpoint, told, finished in rows
+        )
+
+    def rounds_done(self, session: str) -> int:
+        """How many rounds count so far."""
+        with self._database() as database:
+            row = database.execute("SELECT COUNT(*) FROM rounds WHERE session = ?", (session,)).fetchone()
+        return int(row[0])
+
+    def checkpoint_path(self, session: str, number: int) -> Path:
+        return self.root / "checkpoints" / session / f"round-{number:06d}.safetensors"
+
+    def checkpoint(self, session: str, number: int) -> Arrays:
+        """The arrays after round `number`.
+
+        Raises:
+            StudyFailed: if the file is gone or damaged.
+        """
+        path = self.checkpoint_path(session, number)
+        try:
+            return load(path.read_bytes())
+        except (OSError, SafetensorError):
+            raise StudyFailed(f"{path}: not a checkpoint", remedy="restore the file") from None

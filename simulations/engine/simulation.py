@@ -1,0 +1,134 @@
+"""One simulated session, from a study and a folder of sites to a run folder."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from client import door
+from client.app import app as client_app
+from common.study import Study
+from server.app import app as server_app
+from server.store import Settings, Store
+from simulations.engine.inprocess import RUN_ID, InProcessGrid
+from simulations.engine.sites import VaultPool, admit, find_sites, warm_capacity
+
+PROGRESS_PAUSE = 0.2  # seconds between looks at the store
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """Attributes:
+    workers: sites that work at the same time.
+    seed: of everything random, for a run that repeats; None takes the operating system's randomness.
+    exact_metrics: evaluate without noise, on data that is public anyway.
+    memory_bytes: sites stay in memory while their data is estimated to fit in this.
+    quorum: a round counts if at least so many sites answered; None: all.
+    """
+
+    workers: int = 2
+    seed: int | None = None
+    exact_metrics: bool = False
+    memory_bytes: int = 4 << 30
+    quorum: int | None = None
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Attributes:
+    folder: of the run: store/ (rounds, checkpoints) and sites/ (each site's policy and ledger).
+    """
+
+    folder: Path
+    session: str
+    store: Store
+
+
+def new_session_id(study: Study) -> str:
+    """A session id that no other session has."""
+    return f"{study.name[:40]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) -> Simulation:
+    """Make the run's folder: each site admits the study, the coordinator writes down the session.
+
+    Raises:
+        SiteError, StudyError: if a site or the study is wrong.
+    """
+    places = find_sites(sites, run)
+    for place in places:
+        admit(place, study, public=settings.exact_metrics)
+    store = Store(run / "store", durable=False)
+    session = new_session_id(study)
+    store.create(
+        session,
+        study,
+        Settings(
+            sites=len(places),
+            quorum=settings.quorum or len(places),
+            deadline=24 * 3600.0,
+            exact_metrics=settings.exact_metrics,
+            seed=settings.seed or 0,
+        ),
+    )
+    return Simulation(run, session, store)
+
+
+def simulate(
+    study: Study,
+    sites: Path,
+    run: Path,
+    settings: SimulationSettings,
+    watch: Callable[[int], None] = lambda done: None,
+) -> Simulation:
+    """Run a study in this process, behind Flower's Grid interface.
+
+    Args:
+        sites: folder of site folders; only read.
+        run: folder for everything that the run leaves.
+        watch: told the number of finished rounds now and then.
+
+    Raises:
+        StudyFailed: if a site refuses or cannot answer and the quorum is missed.
+        SiteError, StudyError: if a site or the study is wrong.
+    """
+    simulation = prepare(study, sites, run, settings)
+    places = find_sites(sites, run)
+    workers = max(1, min(settings.workers, len(places)))
+    pool = VaultPool(places, settings.seed, warm_capacity(places, workers, settings.memory_bytes))
+    grid = InProcessGrid(client_app, len(places), workers)
+    config = {"store": str(run / "store"), "session": simulation.session, "volatile": True}
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    door.install(pool.resolve)
+    try:
+        _watched(lambda: server_app(grid, context), simulation, watch)
+    finally:
+        grid.close()
+        door.install(None)
+        pool.close()
+    return simulation
+
+
+def _watched(work: Callable[[], None], simulation: Simulation, watch: Callable[[int], None]) -> None:
+    """Do `work` on a thread of its own while `watch` is told how far it is."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="coordinator", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(PROGRESS_PAUSE)
+        watch(simulation.store.rounds_done(simulation.session))
+    if failure:
+        raise failure[0]

@@ -1,0 +1,131 @@
+"""The vaults of a simulation: opened on demand, kept warm while their data fits in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.door import Answer
+from client.policy import CohortPolicy, Policy, approve, save_policy
+from client.settings import SiteFolder
+from client.site import make_split_key, open_vault
+from client.vault import Vault
+from common.errors import SiteError
+from common.privacy.noise import Seeded
+from common.privacy.plan import plan_study
+from common.study import Study
+
+SITE_KEY = "site-index"
+DATA_GROWTH = 4  # tensors and tables in memory ÷ bytes on disk, a cautious guess
+
+
+@dataclass(frozen=True)
+class SitePlace:
+    """Attributes:
+    root: folder with site.toml and data, only read.
+    state: folder of this run's policy and ledger.
+    """
+
+    root: Path
+    state: Path
+
+    def folder(self) -> SiteFolder:
+        return SiteFolder(self.root, self.state)
+
+
+def find_sites(sites: Path, run: Path) -> tuple[SitePlace, ...]:
+    """The sites in a folder of site folders, in the order of their names.
+
+    Raises:
+        SiteError: if there is none, one is wrong, or two have the same name.
+    """
+    if not sites.is_dir():
+        raise SiteError(f"{sites}: no such folder", remedy="make one: fedward-sim datasets fetch NAME")
+    roots = sorted(path.parent for path in sites.glob("*/site.toml"))
+    if not roots:
+        raise SiteError(f"{sites}: no folder in it has a site.toml", remedy="give the folder of sites")
+    names = [SiteFolder(root).name for root in roots]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SiteError(f"{sites}: two sites are named {sorted(twice)[0]}", remedy="give each its own name")
+    return tuple(SitePlace(root, run / "sites" / name) for root, name in zip(roots, names, strict=True))
+
+
+def admit(place: SitePlace, study: Study, public: bool) -> None:
+    """Play the site's operator: approve the study for one session, in the run's own policy.
+
+    Args:
+        public: the researcher says that this cohort is public, so exact metrics are allowed.
+
+    Raises:
+        StudyError, SiteError: as a real approval would.
+    """
+    place.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = place.folder()
+    make_split_key(folder)
+    save_policy(folder, Policy(cohort=CohortPolicy(public=public or not study.private)))
+    approve(folder, study, plan_study(study, folder.file.site.public_size), by="simulation")
+
+
+def open_simulated(place: SitePlace, seed: int | None) -> Vault:
+    """A site's vault as a simulation runs it: seeded if asked, its ledger not synced to disk."""
+    folder = place.folder()
+    if seed is None:
+        return open_vault(folder, durable=False)
+    seeded = Seeded(seed)
+    return open_vault(folder, randomness=seeded, split_key=seeded.key("split", folder.name), durable=False)
+
+
+class VaultPool:
+    """Opens vaults on demand and closes the longest unused ones beyond `capacity`.
+
+    Args:
+        capacity: vaults kept open at a time, at least 1; a busy one is never closed.
+    """
+
+    def __init__(self, places: tuple[SitePlace, ...], seed: int | None, capacity: int) -> None:
+        self._places, self._seed, self._capacity = places, seed, max(1, capacity)
+        self._open: OrderedDict[int, Vault] = OrderedDict()
+        self._busy: set[int] = set()
+        self._changed = threading.Condition()
+
+    def resolve(self, node_config: Mapping[str, object]) -> Answer:
+        """The vault of a node (see `client.door.install`)."""
+        index = int(str(node_config[SITE_KEY]))
+        return lambda request: self._answer(index, request)
+
+    def _answer(self, index: int, request: bytes) -> bytes:
+        with self._changed:
+            self._changed.wait_for(lambda: index not in self._busy)
+            self._busy.add(index)
+            vault = self._open.pop(index, None)
+            self._make_room()
+        try:
+            vault = vault or open_simulated(self._places[index], self._seed)
+            return vault.answer(request)
+        finally:
+            with self._changed:
+                self._busy.discard(index)
+                if vault is not None:
+                    self._open[index] = vault
+                self._changed.notify_all()
+
+    def _make_room(self) -> None:
+        while self._open and len(self._open) + len(self._busy) > self._capacity:
+            _, oldest = self._open.popitem(last=False)
+            oldest.close()
+
+    def close(self) -> None:
+        """Close every vault."""
+        for vault in self._open.values():
+            vault.close()
+        self._open.clear()
+
+
+def warm_capacity(places: tuple[SitePlace, ...], workers: int, memory_bytes: int) -> int:
+    """How many sites may stay in memory: all, if their data fits; else one for each worker."""
+    size = sum(p.folder().data_path.stat().st_size for p in places if p.folder().data_path.exists())
+    return len(places) if size * DATA_GROWTH <= memory_bytes else workers
