@@ -8,6 +8,7 @@ but the commands written here: this launcher, and refusals. Loads neither torch 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import sys
@@ -33,11 +34,27 @@ def main() -> None:
     Raises:
         DeploymentError: if this release of Flower works otherwise than the one this was written for.
     """
-    from flwr.supernode.cli import flwr_clientapp
+    arguments = _arguments(sys.argv[1:])
     from flwr.supernode.runtime import run_clientapp
 
     pin(run_clientapp)
-    flwr_clientapp()
+    run_clientapp.run_clientapp(
+        runtime_api_address=arguments.runtime_api_address,
+        token=arguments.token,
+        insecure=True,  # SuperNode's own API, on this machine's loopback
+        parent_pid=arguments.parent_pid,
+        runtime_dependency_install=False,
+    )
+
+
+def _arguments(given: list[str]) -> argparse.Namespace:
+    """What SuperExec says. Flower's own parser would load its whole server: a second more per message."""
+    parser = argparse.ArgumentParser(prog=COMMAND, allow_abbrev=False)
+    parser.add_argument("--runtime-api-address", required=True)
+    parser.add_argument("--token", required=True)
+    parser.add_argument("--insecure", action="store_true", required=True)
+    parser.add_argument("--parent-pid", type=int, default=None)
+    return parser.parse_args(given)
 
 
 def pin(runtime: ModuleType) -> None:

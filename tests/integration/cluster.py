@@ -73,6 +73,30 @@ def echo(site: str, request: bytes) -> bytes:
     return site.encode() + b":" + request
 
 
+def running(word: str, site: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """This site's processes whose command line has that word: /proc folder, environment. Linux only."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or word not in (entry / "cmdline").read_text(errors="replace"):
+                continue
+            pairs = (entry / "environ").read_text(errors="replace").split("\0")
+        except OSError:  # it has ended, or is another user's
+            continue
+        environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if Path(environment.get("FLWR_HOME", "/")).is_relative_to(site):
+            yield entry, environment
+
+
+def environments(word: str, site: Path) -> list[dict[str, str]]:
+    return [environment for _, environment in running(word, site)]
+
+
+def loaded_libraries(word: str, site: Path) -> set[str]:
+    """Names of the shared libraries that these processes have loaded."""
+    maps = [(entry / "maps").read_text().splitlines() for entry, _ in running(word, site)]
+    return {Path(line.split()[-1]).name for lines in maps for line in lines if ".so" in line}
+
+
 def bare_site(folder: Path) -> None:
     """The least that a site.toml says; there is no data behind it."""
     text = f'[site]\nname = "{folder.name}"\npublic_size = 10\n\n[data]\nfile = "none.csv"\n'

@@ -10,10 +10,24 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; this finds cluster.py
 
-from cluster import Cluster
+from cluster import Cluster, echo, fake_vault, loaded_libraries
+
+# Site → shared libraries in the process that asked its vault last.
+ASKING: dict[str, set[str]] = {}
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("cluster")) as running:
+    root = tmp_path_factory.mktemp("cluster")
+
+    def answer(site: str, request: bytes) -> bytes:
+        ASKING[site] = loaded_libraries("client.launcher", root / "sites" / site)
+        return echo(site, request)
+
+    with Cluster(root, vault=fake_vault(answer)) as running:
         yield running
+
+
+@pytest.fixture
+def asking() -> dict[str, set[str]]:
+    return ASKING

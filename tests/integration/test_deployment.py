@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from cluster import Cluster
+from cluster import Cluster, environments
 
 from client.launcher import COMMAND, REFUSED
 from client.settings import SiteFolder
@@ -36,7 +35,8 @@ app = ServerApp()
 
 def ask(grid, node, text):
     data = text.encode()
-    record = ArrayRecord({"message": Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)})
+    array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+    record = ArrayRecord({"message": array})
     return Message(RecordDict({"fedward": record}), dst_node_id=node, message_type="train")
 
 @app.main()
@@ -81,13 +81,169 @@ def run_probe(cluster: Cluster, app: Path, out: Path, rounds: int = 1) -> list[d
     return json.loads(out.read_text())
 
 
-def test_a_message_reaches_every_vault_and_its_answer_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+def answers_of(cluster: Cluster, number: int = 0) -> dict[str, dict[str, str]]:
+    """What the probe gets when every site's own vault has answered."""
+    return {str(i): {"text": f"{name}:hello {number}"} for name, i in cluster.node_ids.items()}
+
+
+def post(address: str, path: str, authority: Path) -> int:
+    """The status of an empty protobuf call."""
+    host, _, port = address.rpartition(":")
+    context = ssl.create_default_context(cafile=str(authority))
+    connection = http.client.HTTPSConnection(host, int(port), context=context, timeout=20)
+    try:
+        connection.request("POST", path, b"", {"Content-Type": "application/protobuf"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def attempt(site: SiteFolder, *changed: str) -> subprocess.CompletedProcess[str]:
+    """Start a SuperNode once, as `connect` would, and wait for its end."""
+    work = site.socket_path.parent
+    work.mkdir(exist_ok=True)
+    (work / "superexec.secret").write_bytes(b"x" * 32)
+    supernode, _ = site_programs(site, work.resolve(), free_port())
+    return subprocess.run(
+        changed or supernode.command,
+        env=dict(supernode.environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=REFUSAL_SECONDS,
+        check=False,
+    )
+
+
+def test_a_message_reaches_every_vault_and_its_answer_comes_back(
+    cluster: Cluster, tmp_path: Path, asking: dict[str, set[str]]
+) -> None:
     rounds = run_probe(cluster, probe_app(tmp_path / "probe"), tmp_path / "out.json", rounds=3)
-    print("seconds per round trip:", [round(r["seconds"], 1) for r in rounds])
-    for number, found in enumerate(rounds):
-        expected = {str(i): {"text": f"{name}:hello {number}"} for name, i in cluster.node_ids.items()}
-        assert found["answers"] == expected
+    print("\nseconds per round trip:", [round(r["seconds"], 1) for r in rounds])
+    assert [r["answers"] for r in rounds] == [answers_of(cluster, n) for n in range(3)]
+    for name in cluster.names:
+        assert any("cygrpc" in library for library in asking[name])  # we did look at the right process
+        assert not [lib for lib in asking[name] if "torch" in lib or "pandas" in lib or "_arrow" in lib]
+
+
+def test_the_launcher_imports_neither_torch_nor_opacus() -> None:
+    code = (
+        "import sys; import client.launcher, client.app, flwr.supernode.runtime.run_clientapp as r;"
+        "client.launcher.pin(r); print(sorted({'torch', 'opacus', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_site_can_start_nothing_but_its_launcher(cluster: Cluster) -> None:
+    """A coordinator may submit other kinds of app; Flower runs those by other commands."""
+    code = "from flwr.supercore.constant import TASK_TYPE_TO_COMMAND as t; print(*t.values())"
+    known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {COMMAND, *REFUSED} == set(known.stdout.split())
+    for site in cluster.sites.values():
+        commands = site.socket_path.parent / "bin"
+        assert {path.name for path in commands.iterdir()} == {COMMAND, *REFUSED}
+        assert [e["PATH"] for e in environments("flower-superexec", site.root)] == [str(commands)]
+    refusal = subprocess.run([commands / "flwr-agentapp"], capture_output=True, check=False)
+    assert refusal.returncode == 1
 
 
 def test_sites_are_seen_online(cluster: Cluster) -> None:
-    assert {n.name for n in nodes(cluster.coordinator) if n.online} >= set(cluster.names)
+    assert {n.name for n in nodes(cluster.coordinator) if n.online} == set(cluster.names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/list-runs",
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/runtime/pull-task-input",
+        "/v1/control/../fleet/../control/list-runs",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/%2e%2e/control/list-runs",
+        "/v1/fleet/..%2fcontrol/list-runs",
+        "/v1/fleet/%252e%252e/control/list-runs",
+        "/v1//control/list-runs",
+        "/health",
+        "/docs",
+        "/",
+    ],
+)
+def test_only_the_fleet_passes_nginx(cluster: Cluster, path: str) -> None:
+    assert post(cluster.address, path, cluster.coordinator.authority) == 404
+
+
+def test_what_nginx_keeps_back_does_exist_behind_it(cluster: Cluster) -> None:
+    inside, authority = cluster.coordinator.loopback, cluster.coordinator.authority
+    assert post(inside, "/v1/control/list-runs", authority) == 200  # open to whoever reaches it
+    assert post(inside, "/v1/runtime/acquire-task", authority) == 401  # only with the secret
+    assert post(cluster.address, "/v1/fleet/pull-messages", authority) == 401  # reached; not our key
+
+
+def test_superlink_listens_on_loopback_only(cluster: Cluster) -> None:
+    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.split("\n")
+    port = cluster.coordinator.file.loopback_port
+    assert [line.split()[3] for line in listening if f":{port} " in line] == [f"127.0.0.1:{port}"]
+
+
+def test_a_wrong_authority_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    site = cluster.folder_for("deceived")
+    stranger = provision(tmp_path / "stranger", ["127.0.0.1"], free_port(), free_port(), listen="127.0.0.1")
+    (site.root / "ca.crt").write_bytes(stranger.authority.read_bytes())
+    done = attempt(site)
+    assert done.returncode != 0
+    assert "CERTIFICATE_VERIFY_FAILED" in done.stdout + done.stderr
+
+
+def test_an_unregistered_key_is_refused(cluster: Cluster) -> None:
+    done = attempt(cluster.folder_for("stranger"))
+    assert done.returncode != 0
+    print(done.stdout, done.stderr)
+    assert "SuperNode ID" not in done.stdout + done.stderr
+    assert {n.name for n in nodes(cluster.coordinator)} == set(cluster.names)
+
+
+def test_a_client_without_encryption_is_refused(cluster: Cluster) -> None:
+    site = cluster.folder_for("careless")
+    flower = str(Path(sys.executable).parent / "flower-supernode")
+    runtime = ("--host", "127.0.0.1", "--port", str(free_port()))
+    done = attempt(site, flower, "--insecure", "--superlink", cluster.address, *runtime)
+    assert done.returncode != 0
+    print(done.stdout, done.stderr)
+    assert "SuperNode ID" not in done.stdout + done.stderr
+
+
+SABOTAGE = """
+import os, pathlib
+(pathlib.Path(os.environ["FLWR_HOME"]) / "marker").write_text("the bundle ran")
+"""
+HOSTILE = f"""{SABOTAGE}
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+@app.train()
+def steal(message, context):
+    data = pathlib.Path(SECRET).read_bytes()
+    array = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
+    return Message(RecordDict({{"fedward": ArrayRecord({{"message": array}})}}), reply_to=message)
+"""
+
+
+def test_a_hostile_bundle_neither_runs_nor_reads(cluster: Cluster, tmp_path: Path) -> None:
+    secret = cluster.root / "patients.csv"
+    secret.write_text("Jane Roe, 1954-03-01")
+    app = probe_app(tmp_path / "hostile")
+    for package in ("client", "common", "safetensors"):  # names that are installed, too
+        (app / package).mkdir()
+        (app / package / "__init__.py").write_text("" if package == "client" else SABOTAGE)
+    (app / "client" / "app.py").write_text(HOSTILE.replace("SECRET", repr(str(secret))))
+    rounds = run_probe(cluster, app, tmp_path / "out.json")
+    assert rounds[0]["answers"] == answers_of(cluster)
+    sites = cluster.root / "sites"
+    assert not [*sites.rglob("marker"), *sites.rglob("*.fab"), *sites.rglob("probe.py")]
+    control = [sys.executable, "-c", "import client.app"]  # the bundle would have run where it is imported
+    subprocess.run(control, cwd=app, env={**os.environ, "FLWR_HOME": str(tmp_path)}, check=True, timeout=60)
+    assert (tmp_path / "marker").exists()
