@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are no package; this finds cluster.py
-
 from cluster import Cluster, echo, fake_vault, loaded_libraries
 
 # Site → shared libraries in the process that asked its vault last.

@@ -199,7 +199,7 @@ def test_a_wrong_authority_is_refused(cluster: Cluster, tmp_path: Path) -> None:
 def test_an_unregistered_key_is_refused(cluster: Cluster) -> None:
     done = attempt(cluster.folder_for("stranger"))
     assert done.returncode != 0
-    print(done.stdout, done.stderr)
+    assert "Failed to activate SuperNode" in done.stdout + done.stderr
     assert "SuperNode ID" not in done.stdout + done.stderr
     assert {n.name for n in nodes(cluster.coordinator)} == set(cluster.names)
 
@@ -207,10 +207,10 @@ def test_an_unregistered_key_is_refused(cluster: Cluster) -> None:
 def test_a_client_without_encryption_is_refused(cluster: Cluster) -> None:
     site = cluster.folder_for("careless")
     flower = str(Path(sys.executable).parent / "flower-supernode")
-    runtime = ("--host", "127.0.0.1", "--port", str(free_port()))
+    runtime = ("--isolation", "process", "--host", "127.0.0.1", "--port", str(free_port()))
     done = attempt(site, flower, "--insecure", "--superlink", cluster.address, *runtime)
     assert done.returncode != 0
-    print(done.stdout, done.stderr)
+    assert "400 Bad Request" in done.stdout + done.stderr
     assert "SuperNode ID" not in done.stdout + done.stderr
 
 
