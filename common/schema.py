@@ -28,7 +28,8 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 _WHOLE = r"^([+-]?[0-9]+)\.0$"  # RE2 and `re` read it alike
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?(?i:inf|infinity)$"
+FINITE_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_NUMBER = FINITE_NUMBER + r"|^[+-]?(?i:inf|infinity)$"
 _MISSING = "missing though the study refuses missing values"
 _SCHEMAS_KEPT = 32
 
@@ -93,12 +94,25 @@ def feature_names(study: Study) -> tuple[str, ...]:
     names: list[str] = []
     for column in study.data.columns:
         if isinstance(column, CategoricalColumn):
-            names += [f"{column.name}={code}" for code in column.codes]
+            names += [f"{column.name}={code}" for code in ordered_codes(column)]
         else:
             names += column.sources
         if _rule(column, study) == "indicator":
             names += [f"{source}:missing" for source in column.sources]
     return tuple(names)
+
+
+def ordered_codes(column: CategoricalColumn) -> tuple[str, ...]:
+    """A column's codes as they are one-hot encoded: whole numbers rising, then text.
+
+    The order in the study's file must not count: its canonical form, which names it, forgets that order.
+    """
+
+    def key(code: str) -> tuple[int, int, str]:
+        number = re.fullmatch(r"[+-]?[0-9]+", normal_code(code))
+        return (0, int(number.group()), code) if number else (1, 0, code)
+
+    return tuple(sorted(column.codes, key=key))
 
 
 def missing_text(text: Any, codes: Sequence[str] = ()) -> Any:
@@ -177,7 +191,7 @@ def encode_coded(coded: Coded, study: Study) -> Encoded:
         missing = np.isnan(values)
         rule = _rule(column, study)
         if rule == "exclude":
-            kept &= ~missing.reshape(records, -1).any(axis=1)
+            kept &= ~missing.reshape(records, len(column.sources)).any(axis=1)
         if isinstance(column, NumericColumn):
             low, high = column.interval
             default = (low + high) / 2 if column.default is None else column.default
@@ -189,7 +203,7 @@ def encode_coded(coded: Coded, study: Study) -> Encoded:
             index = np.where(missing, default, values).astype(np.int64)
             parts.append((index[:, None] == np.arange(len(codes))).astype(np.float32))
         if rule == "indicator":
-            parts.append(missing.reshape(records, -1).astype(np.float32))
+            parts.append(missing.reshape(records, len(column.sources)).astype(np.float32))
     positions = np.flatnonzero(kept).astype(np.int64)
     features = np.concatenate(parts, axis=1)
     if len(positions) < records:
@@ -302,12 +316,14 @@ def _compile(study: Study) -> _Dictionary:
                 repeated[column.name] = pandera.DataFrameSchema({column.name: schema})
                 continue
         else:
-            codes[column.name] = _indices([(code, i) for i, code in enumerate(column.codes)], column.name)
+            codes[column.name] = _indices(
+                [(code, i) for i, code in enumerate(ordered_codes(column))], column.name, study
+            )
             schema = pandera.Column(float, _code_check("unknown code"), nullable=nullable)
         alone[column.name] = schema
     label = study.data.label
     classes = [(code, i) for i, each in enumerate(label.classes) for code in each.codes]
-    codes[label.column] = _indices(classes, label.column)
+    codes[label.column] = _indices(classes, label.column, study)
     alone[label.column] = pandera.Column(float, _code_check("unknown label code"), nullable=False)
     return _Dictionary(pandera.DataFrameSchema(alone), repeated, codes)
 
@@ -332,10 +348,11 @@ def _code_check(problem: str) -> Any:
     return pandera.Check.ge(0, error=problem)
 
 
-def _indices(codes: Sequence[tuple[str, int]], column: str) -> dict[str, int]:
+def _indices(codes: Sequence[tuple[str, int]], column: str, study: Study) -> dict[str, int]:
     normal = {normal_code(code): index for code, index in codes}
     if len(normal) != len(codes):
         raise StudyError(
-            f"column {column}: two of its codes are the same once 1.0 reads as 1", remedy="remove one of them"
+            f"study {study.name}, column {column}: two of its codes are the same once 1.0 reads as 1",
+            remedy="remove one of them",
         )
     return normal

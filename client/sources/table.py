@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +16,7 @@ from client.settings import DataSource, Mapping, SiteFolder
 from client.sources.columnar import read_parquet
 from client.sources.delimited import read_csv
 from common.errors import DataError, SiteError
-from common.schema import missing_text, needed_columns, normal_code, normal_text
+from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_code, normal_text
 from common.study import CategoricalColumn, NumericColumn, Study
 from common.table import Table
 
@@ -93,6 +94,9 @@ class _Plan:
                 )
             if mapping.multiply == 0.0:
                 self._fail(name, "multiply = 0 would erase every value")
+            missing = {"", *column.missing_codes}
+            if any(c not in missing and not re.fullmatch(FINITE_NUMBER, c) for c in mapping.codes.values()):
+                self._fail(name, "codes of a numeric column must be mapped to numbers or missing codes")
             return
         if converts or mapping.unit is not None:
             self._fail(name, "has no unit in this study")
@@ -151,9 +155,7 @@ def _rescaled(text: Any, mapping: Mapping, column: NumericColumn) -> Any:
     plain = pc.utf8_trim_whitespace(text)
     convertible = pc.and_(
         pc.invert(missing_text(plain, column.missing_codes)),
-        pc.fill_null(
-            pc.match_substring_regex(plain, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"), False
-        ),
+        pc.fill_null(pc.match_substring_regex(plain, FINITE_NUMBER), False),
     )
     values = pc.cast(pc.if_else(convertible, plain, None), pa.float64()).to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore", invalid="ignore"):
