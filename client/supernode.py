@@ -7,6 +7,7 @@ data: all that they reach of it is the vault's socket.
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,11 +70,12 @@ def create_node_key(folder: SiteFolder) -> Path:
     return public
 
 
-def connect(folder: SiteFolder, announce: Callable[[], None] = lambda: None) -> None:
+def connect(folder: SiteFolder, announce: Callable[[], None] = lambda: None, *, warm: bool = True) -> None:
     """Stay connected to the coordinator until SIGTERM or SIGINT.
 
     `announce` is called once both programs have been started; whether the coordinator accepts this node
-    is told by the programs' own output, and by the coordinator.
+    is told by the programs' own output, and by the coordinator. `warm` forks a loaded process for every
+    message; without it the launcher starts anew each time.
 
     Raises:
         SiteError: if site.toml names no coordinator, or certificate, key or paths are not as they must be.
@@ -90,7 +92,7 @@ def connect(folder: SiteFolder, announce: Callable[[], None] = lambda: None) -> 
         raise SiteError(
             f"{work} cannot be written ({error.strerror})", remedy="check its permissions"
         ) from None
-    Supervisor(programs(folder, work, free_port()), PATIENCE, work).run(announce)
+    Supervisor(programs(folder, work, free_port(), warm=warm), PATIENCE, work).run(announce)
 
 
 def check(folder: SiteFolder) -> None:
@@ -127,8 +129,8 @@ def check(folder: SiteFolder) -> None:
         )
 
 
-def programs(folder: SiteFolder, work: Path, port: int) -> tuple[Program, ...]:
-    """SuperNode, and the SuperExec that starts fedward's launcher for every message.
+def programs(folder: SiteFolder, work: Path, port: int, *, warm: bool = True) -> tuple[Program, ...]:
+    """SuperNode, and the SuperExec that runs the installed ClientApp for every message.
 
     Raises:
         SiteError: if site.toml names no coordinator.
@@ -154,7 +156,7 @@ def programs(folder: SiteFolder, work: Path, port: int) -> tuple[Program, ...]:
     superexec = Program(
         name="superexec",
         command=(
-            beside_python("flower-superexec"),
+            *((sys.executable, "-I", "-m", "client.warm") if warm else (beside_python("flower-superexec"),)),
             *("--runtime-api-address", f"{_LOOPBACK}:{port}", "--insecure", *secret),
         ),
         environment=offline_environment(work / "flower", PATH=str(work / "bin")),

@@ -5,7 +5,8 @@
         status = cluster.finish(run_id)
 
 `prepare` writes what a site needs beside its site.toml's [coordinator]; `vault` starts what answers at
-the site's socket and returns a function that ends it. Everything is ended by the ids that were started.
+the site's socket and returns a function that ends it; sites in `cold` start a new process for every
+message. Everything is ended by the ids that were started.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,7 @@ import sys
 from pathlib import Path
 from client.settings import SiteFolder
 from client.supernode import connect
-connect(SiteFolder(Path(sys.argv[1])))
+connect(SiteFolder(Path(sys.argv[1])), warm=sys.argv[2] == "warm")
 """
 
 
@@ -91,6 +92,10 @@ def environments(word: str, site: Path) -> list[dict[str, str]]:
     return [environment for _, environment in running(word, site)]
 
 
+def pids(word: str, site: Path) -> list[int]:
+    return [int(entry.name) for entry, _ in running(word, site)]
+
+
 def loaded_libraries(word: str, site: Path) -> set[str]:
     """Names of the shared libraries that these processes have loaded."""
     maps = [(entry / "maps").read_text().splitlines() for entry, _ in running(word, site)]
@@ -113,10 +118,12 @@ class Cluster:
         *,
         prepare: Callable[[Path], None] = bare_site,
         vault: Callable[[SiteFolder], Stop] | None = None,
+        cold: Collection[str] = (),
     ) -> None:
         self.root = root
         self.names = tuple(names)
         self.prepare = prepare
+        self.cold = cold
         self.start_vault = vault or fake_vault(echo)
         self.coordinator: CoordinatorFolder
         self.sites: dict[str, SiteFolder] = {}
@@ -168,7 +175,8 @@ class Cluster:
         self.connect(name)
 
     def connect(self, name: str) -> None:
-        self.spawn(name, [sys.executable, "-c", _CONNECT, str(self.sites[name].root)])
+        start = "cold" if name in self.cold else "warm"
+        self.spawn(name, [sys.executable, "-c", _CONNECT, str(self.sites[name].root), start])
 
     def spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a process that is ended with the cluster; its output goes to NAME.log."""

@@ -16,10 +16,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     root = tmp_path_factory.mktemp("cluster")
 
     def answer(site: str, request: bytes) -> bytes:
-        ASKING[site] = loaded_libraries("client.launcher", root / "sites" / site)
+        ASKING[site] = loaded_libraries("client.", root / "sites" / site)
         return echo(site, request)
 
-    with Cluster(root, vault=fake_vault(answer)) as running:
+    with Cluster(root, vault=fake_vault(answer), cold={"west"}) as running:
         yield running
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from cluster import Cluster, environments
+from cluster import Cluster, environments, pids
 
 from client.launcher import COMMAND, REFUSED
 from client.settings import SiteFolder
@@ -143,7 +144,7 @@ def test_a_site_can_start_nothing_but_its_launcher(cluster: Cluster) -> None:
     for site in cluster.sites.values():
         commands = site.socket_path.parent / "bin"
         assert {path.name for path in commands.iterdir()} == {COMMAND, *REFUSED}
-        assert [e["PATH"] for e in environments("flower-superexec", site.root)] == [str(commands)]
+        assert [e["PATH"] for e in environments("--runtime-api-address", site.root)] == [str(commands)]
     refusal = subprocess.run([commands / "flwr-agentapp"], capture_output=True, check=False)
     assert refusal.returncode == 1
 
@@ -247,3 +248,42 @@ def test_a_hostile_bundle_neither_runs_nor_reads(cluster: Cluster, tmp_path: Pat
     control = [sys.executable, "-c", "import client.app"]  # the bundle would have run where it is imported
     subprocess.run(control, cwd=app, env={**os.environ, "FLWR_HOME": str(tmp_path)}, check=True, timeout=60)
     assert (tmp_path / "marker").exists()
+
+
+def test_the_command_tells_who_is_there(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "server.cli", "sites", str(cluster.coordinator.root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {site["name"]: site["status"] for site in json.loads(done.stdout)["sites"]}
+    assert found == dict.fromkeys(cluster.names, "online")
+
+
+def test_a_second_start_names_the_port_that_is_taken(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "server.cli", "start", str(cluster.coordinator.root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 10
+    assert str(cluster.coordinator.file.loopback_port) in json.loads(done.stdout)["message"]
+
+
+def test_a_site_leaves_in_peace_and_comes_back(cluster: Cluster) -> None:
+    def status() -> str:
+        return next(n.status for n in nodes(cluster.coordinator) if n.name == "west")
+
+    assert cluster.end("west") == 0
+    assert environments("", cluster.sites["west"].root) == []
+    cluster.wait_for(lambda: status() == "offline", 60, "west offline")
+    cluster.connect("west")
+    cluster.await_online(["west"])
+
+
+def test_a_killed_supernode_is_started_again(cluster: Cluster) -> None:
+    """SuperLink locks it out for about a minute; the supervisor outlasts that."""
+    site = cluster.sites["north"].root
+
+    def admissions() -> int:
+        return cluster.log_path("north").read_text().count("SuperNode ID:")
+
+    before = admissions()
+    (supernode,) = pids("flower-supernode", site)
+    os.kill(supernode, signal.SIGKILL)
+    cluster.wait_for(lambda: admissions() > before, 180, "north admitted again")
+    assert pids("flower-supernode", site) != [supernode]

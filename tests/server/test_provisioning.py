@@ -6,7 +6,7 @@ import shutil
 import ssl
 import stat
 import subprocess
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -40,9 +40,7 @@ def test_the_certificate_names_every_host_and_loopback(folder: CoordinatorFolder
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fl.example.org", "localhost"]
     assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7", "127.0.0.1"]
-    assert certificate.not_valid_after_utc > datetime.datetime.now(datetime.UTC) + datetime.timedelta(
-        days=700
-    )
+    assert certificate.not_valid_after_utc > datetime.now(UTC) + timedelta(days=700)
 
 
 def test_openssl_accepts_the_chain(folder: CoordinatorFolder) -> None:
