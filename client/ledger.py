@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from client.policy import Approval
 from common.errors import BudgetExhausted, LedgerError, Refused
 from common.files import write_atomic
-from common.journal import Journal
+from common.journal import Journal, read_journal
 from common.privacy.mechanism import SubsampledGaussian
 
 KEPT_REPLIES = 2
@@ -59,6 +60,42 @@ class Reservation:
         for name in ("training", "evaluation"):
             value[name] = SubsampledGaussian.model_validate(value[name]) if value[name] else None
         return Reservation(**value)
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Attributes:
+    sessions: begun so far.
+    epsilon, delta: reserved for them, added up.
+    rounds: reserved so far.
+    """
+
+    sessions: int
+    epsilon: float
+    delta: float
+    rounds: int
+
+
+def spending(path: Path) -> dict[str, Spending]:
+    """What each study (by digest) has spent, read beside a running vault.
+
+    Raises:
+        LedgerError: if the ledger's chain is broken.
+    """
+    reservations = [Reservation.of(e.body) for e in read_journal(path) if e.kind == "reserve"]
+    studies = sorted({r.study for r in reservations})
+    return {study: _spending([r for r in reservations if r.study == study]) for study in studies}
+
+
+def _spending(reservations: Iterable[Reservation]) -> Spending:
+    rounds = list(reservations)
+    sessions = {r.session: r for r in rounds}.values()
+    return Spending(
+        sessions=len(sessions),
+        epsilon=math.fsum(r.session_epsilon or 0.0 for r in sessions),
+        delta=math.fsum(r.session_delta or 0.0 for r in sessions),
+        rounds=len(rounds),
+    )
 
 
 class Ledger:
@@ -135,23 +172,25 @@ class Ledger:
         """
         if wanted.key in self._reserved:
             return
-        sessions = {r.session: r for r in self._reserved.values()}
-        known = sessions.get(wanted.session)
-        if known is not None and known.study != wanted.study:
+        session = [r for r in self._reserved.values() if r.session == wanted.session]
+        if session and session[0].study != wanted.study:
             raise Refused(
                 f"session {wanted.session} belongs to another study", remedy="start a session of its own"
             )
-        if known is None and wanted.session_epsilon is not None and wanted.session_delta is not None:
-            earlier = [r for r in sessions.values() if r.study == wanted.study]
-            eps = math.fsum([wanted.session_epsilon, *(r.session_epsilon or 0.0 for r in earlier)])
-            delta = math.fsum([wanted.session_delta, *(r.session_delta or 0.0 for r in earlier)])
-            if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
-                raise BudgetExhausted(
-                    f"{len(earlier)} earlier sessions of this study leave too little of the approved budget",
-                    remedy="the site's privacy officer may approve more: fedward-site approve",
-                )
+        if not session:
+            self._admit(wanted, approval)
         self._journal.append("reserve", wanted.body())
         self._reserved[wanted.key] = wanted
+
+    def _admit(self, wanted: Reservation, approval: Approval) -> None:
+        before = _spending(r for r in self._reserved.values() if r.study == wanted.study)
+        eps = before.epsilon + (wanted.session_epsilon or 0.0)
+        delta = before.delta + (wanted.session_delta or 0.0)
+        if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
+            raise BudgetExhausted(
+                f"{before.sessions} earlier sessions of this study leave too little of the approved budget",
+                remedy="the site's privacy officer may approve more: fedward-site approve",
+            )
 
     def commit(self, reservation: Reservation, reply: bytes) -> None:
         """Keep a reply for whoever asks again, then mark its round as answered.

@@ -14,7 +14,7 @@ from client.dpsgd import ClippedGradients, batch_of, draw_batch, noised_mean
 from common.errors import Refused
 from common.messages import Arrays
 from common.metrics import histograms
-from common.models import Shape, build_model, parameter_arrays
+from common.models import parameter_arrays, study_model
 from common.objectives import record_losses, scores
 from common.privacy.noise import Stream
 from common.privacy.plan import StudyPlan
@@ -33,7 +33,7 @@ class Trainer:
 
     def __init__(self, study: Study, cohort: Cohort, plan: StudyPlan) -> None:
         self.study, self.cohort, self.plan = study, cohort, plan
-        self._network = build_model(study.model, Shape(cohort.train.features.shape[1], study.outputs))
+        self._network = study_model(study)
         self._expected = parameter_arrays(self._network)
         self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
 

@@ -45,6 +45,43 @@ def _linked(sequence: int, at: float, kind: str, body: dict[str, Any], previous:
     return Entry(sequence, at, kind, body, previous, hashlib.sha256(canonical_json(content)).hexdigest())
 
 
+def read_journal(path: Path) -> list[Entry]:
+    """The entries of a journal that another process may hold; none if there is no file.
+
+    Raises:
+        LedgerError: if its chain is broken.
+    """
+    try:
+        return chain(path.read_bytes(), path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise LedgerError(f"{path}: {error.strerror}", remedy="check its permissions") from None
+
+
+def chain(content: bytes, path: Path) -> list[Entry]:
+    """The entries of a journal's whole lines, each checked against the one before.
+
+    Raises:
+        LedgerError: naming the first line that is not what was written.
+    """
+    entries: list[Entry] = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        previous = entries[-1].hash if entries else GENESIS
+        try:
+            entry = Entry(**json.loads(line))
+            sound = entry == _linked(number, entry.time, entry.kind, entry.body, previous)
+        except (ValueError, TypeError):
+            sound = False
+        if not sound:
+            raise LedgerError(
+                f"{path}: line {number} is not what was written",
+                remedy="restore the file from a copy whose chain is whole; never edit it",
+            )
+        entries.append(entry)
+    return entries
+
+
 class Journal:
     """The one open handle on a journal file.
 
@@ -83,27 +120,11 @@ class Journal:
 
     def _read(self) -> list[Entry]:
         content = self.path.read_bytes()
-        whole, _, torn = content.rpartition(b"\n")
+        torn = content[content.rfind(b"\n") + 1 :]
         if torn:
             self.path.with_suffix(".torn").write_bytes(torn)
             os.ftruncate(self._descriptor, len(content) - len(torn))
-        entries: list[Entry] = []
-        for number, line in enumerate(whole.splitlines() if whole else [], start=1):
-            entries.append(self._checked(line, number, entries[-1].hash if entries else GENESIS))
-        return entries
-
-    def _checked(self, line: bytes, number: int, previous: str) -> Entry:
-        try:
-            entry = Entry(**json.loads(line))
-            sound = entry == _linked(number, entry.time, entry.kind, entry.body, previous)
-        except (ValueError, TypeError):
-            sound = False
-        if not sound:
-            raise LedgerError(
-                f"{self.path}: line {number} is not what was written",
-                remedy="restore the file from a copy whose chain is whole; never edit it",
-            )
-        return entry
+        return chain(content, self.path)
 
     @property
     def head(self) -> str:

@@ -164,7 +164,7 @@ def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
         block = coded[name]
         sources = next(c.sources for c in study.data.columns if c.name == name)
         violations += _violations(schema, {name: block.T.reshape(-1)}, table, {name: sources}, label)
-    order = {s: i for i, c in enumerate(study.data.columns) for s in c.sources}
+    order = {s: i for i, s in enumerate(s for c in study.data.columns for s in c.sources)}
     violations.sort(key=lambda v: order.get(v.column, len(order)))
     return Coded(coded, labels), violations
 

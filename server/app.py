@@ -10,8 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.messages import Arrays
-from common.models import Shape, build_model, parameter_arrays
-from common.schema import feature_names
+from common.models import parameter_arrays, study_model
 from common.study import Study
 from server.coordinator import Delivery, run_session
 from server.store import Store
@@ -32,8 +31,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def initial_parameters(study: Study, seed: int) -> Arrays:
     """The study's model with its initial weights, name → float32 array."""
-    shape = Shape(len(feature_names(study)), study.outputs)
-    return parameter_arrays(build_model(study.model, shape, seed))
+    return parameter_arrays(study_model(study, seed))
 
 
 class FlowerPort:

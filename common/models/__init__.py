@@ -1,6 +1,22 @@
 """The registry of models. A new kind of model is one function decorated with `register`."""
 
 from common.models import tabular as tabular  # registers its models
-from common.models.registry import Shape, build_model, parameter_arrays, register, registered
+from common.models.registry import (
+    Shape,
+    build_model,
+    parameter_arrays,
+    parameter_count,
+    register,
+    registered,
+    study_model,
+)
 
-__all__ = ["Shape", "build_model", "parameter_arrays", "register", "registered"]
+__all__ = [
+    "Shape",
+    "build_model",
+    "parameter_arrays",
+    "parameter_count",
+    "register",
+    "registered",
+    "study_model",
+]

@@ -15,7 +15,8 @@ from torch import nn
 
 from common.errors import StudyError
 from common.messages import Array
-from common.study import Model
+from common.schema import feature_names
+from common.study import Model, Study
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
         network = function(shape, **parameters)
     refuse_unsafe(network, model.name)
     return network
+
+
+def study_model(study: Study, seed: int = 0) -> nn.Module:
+    """The network that a study asks for; see `build_model`."""
+    return build_model(study.model, Shape(len(feature_names(study)), study.outputs), seed)
+
+
+def parameter_count(study: Study) -> int:
+    """Numbers in a study's model."""
+    return sum(p.numel() for p in study_model(study).parameters())
 
 
 def _checked(function: ModelFunction, model: Model) -> dict[str, Any]:

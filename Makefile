@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint tools clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/fedward-sim datasets fetch breast-cancer
+	$(BIN)/fedward-sim run breast-cancer --sites sites/breast-cancer --exact-metrics --seed 1 --repeat 5
+
+test: $(READY) tools lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# What the deployment tests need from the system: nginx (Debian's package).
+tools:
+	command -v nginx > /dev/null || (apt-get update -qq && apt-get install -y -qq nginx-light)
+
+clean:
+	rm -rf runs sites .pytest_cache .mypy_cache .ruff_cache

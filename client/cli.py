@@ -1,0 +1,256 @@
+"""`fedward-site`: what a hospital does."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from common.console import JsonOption, Speaker, speaking
+from common.errors import Refused, SiteError
+
+if TYPE_CHECKING:
+    from client.settings import SiteFolder
+    from common.study import Study
+
+# torch, pandas and Flower are imported by the commands that need them: `connect` needs no torch.
+
+app = typer.Typer(
+    help="A hospital's side: connect data, approve studies, serve the vault, own the budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Folder = Annotated[Path, typer.Argument(help="The site's folder: it holds site.toml.", show_default=False)]
+StudyFile = Annotated[Path, typer.Argument(help="The study's file.", show_default=False)]
+
+SITE_TOML = """\
+[site]
+name = "{name}"
+# Patients in the cohort, rounded down (e.g. to tens). It is public; the exact number stays private.
+public_size = {public_size}
+
+[data]
+# CSV or Parquet, one line a record, relative to this file.
+file = "{file}"
+
+# Columns that are called otherwise, or measured in other units, than the study's dictionary says:
+# [data.columns.chol]
+# column = "CHOL_MMOL"
+# unit = "mmol/L"
+# multiply = 38.67
+
+# Whom to connect to (see `fedward-site connect`):
+# [coordinator]
+# address = "coordinator.example.org:8443"
+# certificate = "ca.crt"
+"""
+
+
+@app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="How the consortium calls this site, e.g. st-mary.")],
+    public_size: Annotated[int, typer.Option(help="Patients in the cohort, rounded down; public.", min=1)],
+    data: Annotated[str, typer.Option(help="The table's file, relative to the folder.")] = "patients.csv",
+    json: JsonOption = False,
+) -> None:
+    """Make a site's folder: site.toml and its keys. What is there already is left alone."""
+    from client.settings import Identity, SiteFolder
+    from client.site import make_split_key
+    from client.supernode import create_node_key
+    from common.files import validated, write_atomic
+
+    with speaking(json) as speaker:
+        validated(Identity, {"name": name, "public_size": public_size}, "options", SiteError)
+        content = SITE_TOML.format(name=name, public_size=public_size, file=data.replace("\\", "/"))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (folder / "site.toml").exists():
+            write_atomic(folder / "site.toml", content.encode())
+        site = SiteFolder(folder)
+        make_split_key(site)
+        public = site.node_key_path.with_suffix(".pub")
+        if not site.node_key_path.exists():
+            create_node_key(site)
+        speaker.say(f"{folder / 'site.toml'}: name your data there.")
+        speaker.say(f"{public}: send this public key to the coordinator, who enrols it.")
+        speaker.answer({"site": site.name, "folder": str(folder), "public_key": str(public)})
+
+
+@app.command()
+def check(folder: Folder, study: StudyFile, json: JsonOption = False) -> None:
+    """Check the site's data against a study, without training. Exits with 4 if they don't fit."""
+    from client.cohort import load_cohort
+    from client.settings import SiteFolder
+    from client.site import read_split_key
+    from common.explain import explain_cost
+    from common.study import load_study
+
+    with speaking(json) as speaker:
+        site, checked = SiteFolder(folder), load_study(study)
+        cohort = load_cohort(site, checked, read_split_key(site))
+        numbers = {
+            "training_patients": len(cohort.train),
+            "test_patients": len(cohort.test),
+            "training_records": len(cohort.train.labels),
+            "test_records": len(cohort.test.labels),
+            "features": cohort.train.features.shape[1],
+        }
+        size = site.file.site.public_size
+        speaker.say(f"{site.data_path} fits study {checked.name} ({checked.digest[:12]}).")
+        for name, value in numbers.items():
+            speaker.say(f"  {name.replace('_', ' ')}: {value}")
+        speaker.say(f"  one session costs a patient {explain_cost(checked, size)}")
+        speaker.say("These numbers are for you; they do not leave the site.")
+        patients = len(cohort.train) + len(cohort.test)
+        if size > patients:
+            raise SiteError(
+                f"{folder / 'site.toml'}: public_size {size} is more than the patients of this study here",
+                remedy="declare no more patients than there are, rounded down",
+            )
+        speaker.answer({"site": site.name, "study": checked.digest, **numbers})
+
+
+@app.command()
+def approve(
+    folder: Folder,
+    study: StudyFile,
+    by: Annotated[str, typer.Option(help="The role that answers for it.")] = "privacy officer",
+    sessions: Annotated[int, typer.Option(help="Sessions that the budget shall last for.", min=1)] = 1,
+    public_cohort: Annotated[
+        bool,
+        typer.Option(help="The cohort's records are PUBLISHED anyway. Never for your own patients."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what a study will learn, spend and leave, ask, and allow it."""
+    from client.policy import CohortPolicy, load_policy, save_policy
+    from client.policy import approve as write_approval
+    from client.settings import SiteFolder
+    from common.privacy.plan import plan_study
+    from common.study import load_study
+
+    with speaking(json) as speaker:
+        site, wanted = SiteFolder(folder), load_study(study)
+        plan = plan_study(wanted, site.file.site.public_size)
+        _explain(speaker, site, wanted)
+        if public_cohort:
+            speaker.say("You declare that this cohort is PUBLIC: exact metrics are then allowed.")
+        if not yes and (json or not typer.confirm(f"Approve for {sessions} session(s)?", err=True)):
+            raise Refused("not approved", remedy="answer yes, or give --yes")
+        if public_cohort:
+            policy = load_policy(site)
+            save_policy(site, policy.model_copy(update={"cohort": CohortPolicy(public=True)}))
+        approval = write_approval(site, wanted, plan, by, sessions)
+        speaker.say(f"Approved: {approval.study} {approval.digest[:12]}, by {approval.approved_by}.")
+        speaker.answer(approval.model_dump(mode="json"))
+
+
+@app.command()
+def revoke(
+    folder: Folder,
+    digest: Annotated[str, typer.Argument(help="The study's digest, or its first characters (6 or more).")],
+    json: JsonOption = False,
+) -> None:
+    """Take an approval back, from the next message on. What was spent stays spent."""
+    from client.policy import revoke as remove_approval
+    from client.settings import SiteFolder
+
+    with speaking(json) as speaker:
+        remove_approval(SiteFolder(folder), digest)
+        speaker.say(f"Revoked: {digest}.")
+        speaker.answer({"revoked": digest})
+
+
+@app.command()
+def budget(folder: Folder, json: JsonOption = False) -> None:
+    """What each approved study may spend, and what it has spent. The vault may be running."""
+    from client.ledger import spending
+    from client.policy import load_policy
+    from client.settings import SiteFolder
+
+    with speaking(json) as speaker:
+        site = SiteFolder(folder)
+        spent = spending(site.ledger_path)
+        rows: list[dict[str, Any]] = []
+        for approval in load_policy(site).approved:
+            used = spent.get(approval.digest)
+            rows.append(
+                {
+                    "study": approval.study,
+                    "digest": approval.digest,
+                    "sessions": used.sessions if used else 0,
+                    "epsilon_reserved": used.epsilon if used else 0.0,
+                    "epsilon_approved": approval.epsilon,
+                    "delta_approved": approval.delta,
+                }
+            )
+        header = ["study", "digest", "sessions", "ε reserved", "ε approved", "δ approved"]
+        table = [
+            [r["study"], r["digest"][:12], str(r["sessions"]), f"{r['epsilon_reserved']:.3f}"]
+            + [f"{r[k]:g}" if r[k] else "none" for k in ("epsilon_approved", "delta_approved")]
+            for r in rows
+        ]
+        speaker.table(f"Budget of {site.name}, per patient", header, table)
+        speaker.answer({"site": site.name, "studies": rows})
+
+
+@app.command()
+def serve(
+    folder: Folder,
+    socket: Annotated[
+        Path | None, typer.Option(help="The socket's path; default FOLDER/run/vault.sock.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Run the vault until it is told to stop (SIGTERM). It opens no network connection."""
+    from client.service import serve as listen
+    from client.settings import SiteFolder
+    from client.site import open_vault
+
+    with speaking(json) as speaker:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        site = SiteFolder(folder)
+        path = socket or site.socket_path
+        vault = open_vault(site)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        server = listen(vault, path)
+        speaker.say(f"The vault of {site.name} listens on {path}.")
+        stop.wait()
+        server.stop(grace=30).wait()
+        vault.close()
+        speaker.answer({"site": site.name, "stopped": True})
+
+
+@app.command()
+def connect(folder: Folder, json: JsonOption = False) -> None:
+    """Run the SuperNode that carries messages between the coordinator and the vault (needs no data)."""
+    from client.settings import SiteFolder
+    from client.supernode import connect as run_supernode
+
+    with speaking(json) as speaker:
+        site = SiteFolder(folder)
+        speaker.say(f"{site.name}: connecting.")
+        run_supernode(site)
+
+
+def _explain(speaker: Speaker, site: SiteFolder, study: Study) -> None:
+    from common.explain import explain, explain_cost
+    from common.models import parameter_count
+
+    for line in explain(study, parameter_count(study)).lines:
+        speaker.say(line)
+    speaker.say(f"One session costs a patient here {explain_cost(study, site.file.site.public_size)}.")
+
+
+def main() -> None:
+    """Entry point of `fedward-site`."""
+    app()

@@ -1,0 +1,175 @@
+"""`fedward-sim`: what a researcher does on one machine."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.console import JsonOption, speaking
+from common.errors import StudyError
+from common.explain import explain, explain_cost
+from common.models import parameter_count
+from common.study import Study, load_study
+from simulations.datasets import datasets as known_datasets
+from simulations.datasets import fetch as fetch_files
+from simulations.datasets import prepare as prepare_sites
+from simulations.engine import SimulationSettings, simulate
+from simulations.engine.sites import find_sites
+from simulations.runs import RoundsProgress, keep, new_run_folder, show, summary
+from simulations.studies import ready_studies, ready_study
+
+app = typer.Typer(
+    help="A researcher's side: data sets, studies, and many sites on one machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_sets = typer.Typer(help="Public data sets, prepared as hospitals.", no_args_is_help=True)
+app.add_typer(data_sets, name="datasets")
+
+StudyName = Annotated[
+    str,
+    typer.Argument(metavar="STUDY", help="A study's file, or the name of a ready study.", show_default=False),
+]
+Sites = Annotated[Path, typer.Option(help="Folder of site folders; it is only read.", show_default=False)]
+
+
+class Engine(StrEnum):
+    """Where the sites run."""
+
+    in_process = "in-process"
+    ray = "ray"
+
+
+def find_study(name: str) -> Study:
+    """A study by file or by the name of a ready one.
+
+    Raises:
+        StudyError: if there is neither.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix in {".toml", ".json"} or "/" in name:
+        return load_study(path)
+    if name not in ready_studies():
+        raise StudyError(
+            f"{name!r} is neither a file nor a ready study", remedy=f"ready are: {', '.join(ready_studies())}"
+        )
+    return load_study(ready_study(name))
+
+
+@app.command()
+def studies(json: JsonOption = False) -> None:
+    """List the ready studies."""
+    with speaking(json) as speaker:
+        found = [find_study(name) for name in ready_studies()]
+        rows = [
+            [s.name, s.title, s.model.name, f"{s.privacy.epsilon:g}" if s.private else "none"] for s in found
+        ]
+        speaker.table("Ready studies", ["study", "title", "model", "ε"], rows)
+        speaker.answer({"studies": [{"name": s.name, "title": s.title, "digest": s.digest} for s in found]})
+
+
+@app.command()
+def check(
+    study: StudyName,
+    public_size: Annotated[int, typer.Option(help="Cost at a site of this many patients.", min=1)] = 200,
+    sites: Annotated[Path | None, typer.Option(help="Cost at each of these sites instead.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Validate a study and explain it: what is learnt, from what, at what privacy and cost."""
+    with speaking(json) as speaker:
+        checked = find_study(study)
+        lines = explain(checked, parameter_count(checked)).lines
+        sizes = {f"a site of {public_size} patients": public_size}
+        if sites is not None:
+            places = [place.folder() for place in find_sites(sites, sites)]
+            sizes = {folder.name: folder.file.site.public_size for folder in places}
+        costs = {name: explain_cost(checked, size) for name, size in sizes.items()}
+        for line in lines:
+            speaker.say(line)
+        for name, cost in costs.items():
+            speaker.say(f"Cost at {name}: {cost}.")
+        speaker.answer(
+            {"study": checked.name, "digest": checked.digest, "explanation": list(lines), "costs": costs}
+        )
+
+
+@app.command()
+def run(
+    study: StudyName,
+    sites: Sites,
+    out: Annotated[Path, typer.Option(help="Folder that gets the run's folder.")] = Path("runs"),
+    engine: Annotated[Engine, typer.Option(help="One process, or Flower's simulation runtime on Ray.")] = (
+        Engine.in_process
+    ),
+    seed: Annotated[int | None, typer.Option(help="Repeatable run; else the system's noise.")] = None,
+    repeat: Annotated[int, typer.Option(help="Runs with seeds SEED, SEED+1, …, and their mean.")] = 1,
+    workers: Annotated[int, typer.Option(help="Sites that work at the same time.", min=1)] = 2,
+    memory: Annotated[float, typer.Option(help="GiB that warm sites may take together.", min=0.01)] = 4.0,
+    exact_metrics: Annotated[
+        bool, typer.Option("--exact-metrics", help="Metrics without noise; for data that is public anyway.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a study over a folder of sites and show what came of it."""
+    with speaking(json) as speaker:
+        wanted = find_study(study)
+        if repeat > 1 and seed is None:
+            raise StudyError("--repeat needs --seed", remedy="give the first seed: --seed 1")
+        folder = new_run_folder(out, wanted)
+        runs = []
+        with RoundsProgress(speaker, wanted, repeat) as progress:
+            for number in range(repeat):
+                settings = SimulationSettings(
+                    workers=workers,
+                    seed=None if seed is None else seed + number,
+                    exact_metrics=exact_metrics,
+                    memory_bytes=int(memory * 2**30),
+                )
+                place = folder if repeat == 1 else folder / f"seed-{settings.seed}"
+                if engine is Engine.ray:
+                    from simulations.engine.ray import simulate_on_ray
+
+                    done = simulate_on_ray(wanted, sites, place, settings, progress.rounds)
+                else:
+                    done = simulate(wanted, sites, place, settings, progress.rounds)
+                runs.append(keep(done))
+                progress.next_run()
+        show(speaker, wanted, runs)
+        speaker.say(f"Run folder: {folder}")
+        speaker.answer({"folder": str(folder), **summary(runs)})
+
+
+@data_sets.command(name="list")
+def list_datasets(json: JsonOption = False) -> None:
+    """List the public data sets."""
+    with speaking(json) as speaker:
+        rows = [[d.name, d.title, d.licence] for d in known_datasets()]
+        speaker.table("Data sets", ["name", "title", "licence"], rows)
+        speaker.answer({"datasets": [{"name": n, "title": t, "licence": li} for n, t, li in rows]})
+
+
+@data_sets.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="See `datasets list`.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Gets NAME/ with one folder a hospital.")] = Path("sites"),
+    raw: Annotated[Path, typer.Option(help="Folder that keeps the published files.")] = Path("sites/raw"),
+    mirror: Annotated[
+        Path | None, typer.Option(help="Take the files from this folder instead of the internet.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Fetch a data set (URL and SHA-256 of every file; resumes), and prepare its hospitals."""
+    with speaking(json) as speaker:
+        files = fetch_files(name, raw, mirror)
+        folders = prepare_sites(name, files, to / name)
+        speaker.say(f"{name}: {len(folders)} hospitals in {to / name}")
+        speaker.answer({"dataset": name, "sites": [str(folder) for folder in folders]})
+
+
+def main() -> None:
+    """Entry point of `fedward-sim`."""
+    app()
