@@ -106,6 +106,8 @@ def _download(file: RemoteFile, target: Path, progress: Progress | None) -> None
                 with part.open("ab" if resumed else "wb") as sink:
                     _pour(reply, sink, file, have if resumed else 0, progress)
     except (OSError, HTTPException) as failure:
+        if isinstance(failure, urllib.error.HTTPError):
+            failure.close()
         reason = (
             getattr(failure, "reason", None) or getattr(failure, "strerror", None) or type(failure).__name__
         )
