@@ -17,12 +17,20 @@ from common.errors import DeploymentError
 
 
 class ForkingExecutor:
-    """Flower's Executor protocol: every ClientApp task in a child of this process."""
+    """Flower's Executor protocol: every ClientApp task in a child of this process.
 
-    def __init__(self, runtime: Any, task_type: Any, accepted: Any) -> None:
+    Args:
+        runtime: the module whose `run_clientapp` answers one message.
+        task_type: the only kind of task to take.
+        accepted: makes what Flower wants to hear after a start.
+        at_exit: what Flower wants done at this process's own end, and not at a child's.
+    """
+
+    def __init__(self, runtime: Any, task_type: Any, accepted: Any, at_exit: list[Any]) -> None:
         self._runtime = runtime
         self._task_type = task_type
         self._accepted = accepted
+        self._at_exit = at_exit
         self._children: set[int] = set()
 
     def get_eligible_capacity(self, supported: set[Any], **options: object) -> tuple[set[Any], set[str]]:
@@ -65,7 +73,10 @@ class ForkingExecutor:
     def _answer(self, spec: Any, parent: int) -> None:
         status = 1
         try:
-            _forget_parent()
+            self._at_exit.clear()
+            for number in (signal.SIGTERM, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             self._runtime.run_clientapp(
                 runtime_api_address=spec.runtime_api_address,
                 token=spec.token,
@@ -96,6 +107,7 @@ def main() -> None:
     """
     from flwr.supercore.cli.flower_superexec import flower_superexec
     from flwr.supercore.constant import TaskType
+    from flwr.supercore.exit.exit_handler import registered_exit_handlers
     from flwr.supercore.superexec import run_superexec
     from flwr.supercore.superexec.executor.types import LaunchResult
     from flwr.supernode.runtime import run_clientapp
@@ -107,18 +119,11 @@ def main() -> None:
         raise DeploymentError(
             "this release of flwr chooses its executor otherwise", remedy="connect without the warm start"
         )
-    executor = ForkingExecutor(run_clientapp, TaskType.CLIENT_APP, LaunchResult.accepted)
+    executor = ForkingExecutor(
+        run_clientapp, TaskType.CLIENT_APP, LaunchResult.accepted, registered_exit_handlers
+    )
     setattr(run_superexec, "get_executor", lambda *arguments, **options: executor)  # noqa: B010 - a module
     flower_superexec()
-
-
-def _forget_parent() -> None:
-    """In the child: drop what SuperExec wants done at its own end."""
-    from flwr.supercore.exit import exit_handler
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    exit_handler.registered_exit_handlers.clear()
 
 
 if __name__ == "__main__":

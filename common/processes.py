@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -141,9 +141,9 @@ class Supervisor:
         ready = child.program.ready
         deadline = time.monotonic() + self._patience.ready
         while ready is not None and not self._stopping and not ready():
-            if (status := child.process.poll()) is not None:
+            if _has_ended(child.process):
                 raise DeploymentError(
-                    f"{child.program.name} ended while starting (status {status})",
+                    f"{child.program.name} ended while starting (status {_bury(child.process)})",
                     remedy="its reason stands above in its own output",
                 )
             if time.monotonic() > deadline:
@@ -159,9 +159,9 @@ class Supervisor:
             if now >= child.due:
                 child.process, child.started, child.due = self._spawn(child.program), now, None
             return
-        if (status := child.process.poll()) is None:
+        if not _has_ended(child.process):
             return
-        _kill_group(child.process)  # what it left behind
+        status = _bury(child.process)
         child.failures = 1 if now - child.started >= self._patience.steady else child.failures + 1
         if child.failures > self._patience.restarts:
             raise DeploymentError(
@@ -173,17 +173,14 @@ class Supervisor:
         sys.stderr.write(f"{child.program.name} ended (status {status}); next start in {delay:g} s\n")
 
     def _stop_all(self) -> None:
-        for child in reversed(self._children):
-            if child.process.poll() is None:
-                child.process.terminate()
+        alive = [c.process for c in reversed(self._children) if c.process.returncode is None]
+        for process in alive:
+            process.terminate()
         deadline = time.monotonic() + self._patience.stop
-        for child in reversed(self._children):
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-            _kill_group(child.process)
+        while not all(map(_has_ended, alive)) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        for process in alive:
+            _bury(process)
 
 
 def offline_environment(home: Path, **more: str) -> dict[str, str]:
@@ -253,9 +250,14 @@ def _end_with_parent() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End what a program started itself; its group bears the id that it was started with."""
-    try:
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a program has ended; its id stays taken until `_bury`."""
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return process.returncode is not None or os.waitid(os.P_PID, process.pid, options) is not None
+
+
+def _bury(process: subprocess.Popen[bytes]) -> int:
+    """End a program's whole group, which bears its id, and only then give the id back; its status."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    return process.wait()

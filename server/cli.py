@@ -83,7 +83,9 @@ def sites(folder: Folder, json: JsonOption = False) -> None:
         speaker.table(
             "Sites", ["site", "status", "node"], [[n.name, n.status, str(n.node_id)] for n in found]
         )
-        speaker.answer({"sites": [{"name": n.name, "status": n.status, "node_id": str(n.node_id)} for n in found]})
+        speaker.answer(
+            {"sites": [{"name": n.name, "status": n.status, "node_id": str(n.node_id)} for n in found]}
+        )
 
 
 if __name__ == "__main__":

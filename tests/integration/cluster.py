@@ -70,6 +70,34 @@ def fake_vault(answer: Answer) -> Callable[[SiteFolder], Stop]:
     return start
 
 
+def vault_process(command: Callable[[SiteFolder], Sequence[str]]) -> Callable[[SiteFolder], Stop]:
+    """A real vault: the command that serves a site's socket in the foreground. Output: vault.log."""
+
+    def start(site: SiteFolder) -> Stop:
+        with (site.root / "vault.log").open("ab") as log:
+            process = subprocess.Popen(command(site), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+        def stop() -> None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+        deadline = time.monotonic() + START_SECONDS
+        while not site.socket_path.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                stop()
+                raise AssertionError(
+                    f"{site.name}: no vault\n{(site.root / 'vault.log').read_text()[-2000:]}"
+                )
+            time.sleep(POLL_SECONDS)
+        return stop
+
+    return start
+
+
 def echo(site: str, request: bytes) -> bytes:
     return site.encode() + b":" + request
 
