@@ -8,9 +8,13 @@ from typing import Annotated
 
 import typer
 
-from common.console import JsonOption, speaking
-from server import flower, superlink
+from common.console import JsonOption, Speaker, speaking
+from common.study import load_study
+from server import flower, sessions, superlink
+from server.display import RoundsProgress, show
 from server.provisioning import CoordinatorFolder, provision
+from server.report import report
+from server.store import Settings
 
 main = typer.Typer(
     name="fedward-server",
@@ -21,6 +25,7 @@ main = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
+SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="As `run` and `status` show it.")]
 
 
 @main.command()
@@ -86,6 +91,100 @@ def sites(folder: Folder, json: JsonOption = False) -> None:
         speaker.answer(
             {"sites": [{"name": n.name, "status": n.status, "node_id": str(n.node_id)} for n in found]}
         )
+
+
+@main.command()
+def run(
+    folder: Folder,
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's file.")],
+    sites: Annotated[int | None, typer.Option(help="Wait for so many sites; all enrolled if absent.")] = None,
+    quorum: Annotated[int | None, typer.Option(help="A round counts with so many; SITES if absent.")] = None,
+    deadline: Annotated[float, typer.Option(help="Seconds that a site has for a round.", min=1)] = 600.0,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for sites.", min=1)] = 600.0,
+    exact_metrics: Annotated[
+        bool, typer.Option("--exact-metrics", help="Metrics without noise; sites refuse unless public.")
+    ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once; see `status`.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a study at the enrolled sites and show what came of it."""
+    with speaking(json) as speaker:
+        opened, wanted = CoordinatorFolder(folder), load_study(study)
+        wait_for = sites or len(flower.enrolled_sites(opened))
+        settings = Settings(
+            sites=wait_for,
+            quorum=quorum or wait_for,
+            deadline=deadline,
+            patience=patience,
+            exact_metrics=exact_metrics,
+        )
+        session = sessions.begin(opened, wanted, settings)
+        speaker.say(f"session {session}")
+        _see_through(speaker, opened, session, detach)
+
+
+@main.command()
+def resume(
+    folder: Folder,
+    session: SessionId,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once; see `status`.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Continue a session after its last checkpoint. Sites that answered a round spend nothing again."""
+    with speaking(json) as speaker:
+        opened = CoordinatorFolder(folder)
+        sessions.resume(opened, session)
+        _see_through(speaker, opened, session, detach)
+
+
+@main.command()
+def status(
+    folder: Folder,
+    session: Annotated[str | None, typer.Argument(help="One session; all if absent.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show sessions, or one session's rounds, metrics and spent budget."""
+    with speaking(json) as speaker:
+        store = sessions.store_of(CoordinatorFolder(folder))
+        if session is not None:
+            known = store.session(session)
+            told = report(store, known)
+            speaker.say(f"{told.session}: {told.status} {told.detail}".rstrip())
+            speaker.say(f"{told.rounds} of {known.study.algorithm.rounds} rounds")
+            show(speaker, known.study, [told])
+            speaker.answer(told.as_json())
+            return
+        rows = [
+            [s.id, s.study.name, s.status, f"{store.rounds_done(s.id)}/{s.study.algorithm.rounds + 1}"]
+            for s in store.sessions()
+        ]
+        speaker.table("Sessions", ["session", "study", "status", "rounds"], rows)
+        keys = ("session", "study", "status", "rounds")
+        speaker.answer({"sessions": [dict(zip(keys, row, strict=True)) for row in rows]})
+
+
+@main.command()
+def stop(folder: Folder, session: SessionId, json: JsonOption = False) -> None:
+    """End a running session; it can be resumed."""
+    with speaking(json) as speaker:
+        sessions.stop(CoordinatorFolder(folder), session)
+        speaker.say(f"stopped {session}")
+        speaker.answer({"session": session, "status": "stopped"})
+
+
+def _see_through(speaker: Speaker, folder: CoordinatorFolder, session: str, detach: bool) -> None:
+    """Follow a session to its end and show its table, unless detached."""
+    store = sessions.store_of(folder)
+    study = store.session(session).study
+    if detach:
+        speaker.answer({"session": session, "status": "running"})
+        return
+    with RoundsProgress(speaker, study, 1) as progress:
+        ended = sessions.follow(folder, session, progress.rounds)
+    told = report(store, ended)
+    show(speaker, study, [told])
+    speaker.say(f"model: {store.checkpoint_path(session, study.algorithm.rounds + 1)}")
+    speaker.answer(told.as_json())
 
 
 if __name__ == "__main__":

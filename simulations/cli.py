@@ -13,12 +13,13 @@ from common.errors import StudyError
 from common.explain import explain, explain_cost
 from common.models import parameter_count
 from common.study import Study, load_study
+from server.display import RoundsProgress, show
 from simulations.datasets import datasets as known_datasets
 from simulations.datasets import fetch as fetch_files
 from simulations.datasets import prepare as prepare_sites
 from simulations.engine import SimulationSettings, simulate
 from simulations.engine.sites import find_sites
-from simulations.runs import RoundsProgress, keep, new_run_folder, show, summary
+from simulations.runs import keep, new_run_folder, summary
 from simulations.studies import ready_studies, ready_study
 
 app = typer.Typer(
@@ -138,7 +139,7 @@ def run(
                     done = simulate(wanted, sites, place, settings, progress.rounds)
                 runs.append(keep(done))
                 progress.next_run()
-        show(speaker, wanted, runs)
+        show(speaker, wanted, [run.report for run in runs])
         speaker.say(f"Run folder: {folder}")
         speaker.answer({"folder": str(folder), **summary(runs)})
 

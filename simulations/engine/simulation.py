@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
@@ -15,6 +13,7 @@ from client import door
 from client.app import app as client_app
 from common.study import Study
 from server.app import app as server_app
+from server.sessions import new_session_id
 from server.store import Settings, Store
 from simulations.engine.inprocess import RUN_ID, InProcessGrid
 from simulations.engine.sites import VaultPool, admit, find_sites, warm_capacity
@@ -48,11 +47,6 @@ class Simulation:
     folder: Path
     session: str
     store: Store
-
-
-def new_session_id(study: Study) -> str:
-    """A session id that no other session has."""
-    return f"{study.name[:40]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) -> Simulation:
