@@ -41,16 +41,18 @@ def read_parquet(
     except (pa.ArrowException, OSError, ValueError):
         raise _damaged(origin) from None
     names = list(schema.names)
-    for i, name in enumerate(names):
-        if names.index(name) != i:
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names, start=1):
+        first = seen.setdefault(name, i)
+        if first != i:
             raise DataError(
-                f"{origin}: columns {names.index(name) + 1} and {i + 1} have the same name",
+                f"{origin}: columns {first} and {i} have the same name",
                 remedy="give every column its own name",
             )
     ours = {column: name for name, column in wanted.items()}
     plain = [name for name, kind in zip(names, schema.types, strict=True) if _is_plain(kind)]
-    for name in names:
-        if name in ours and name not in plain:
+    for name in {*names} - {*plain}:
+        if name in ours:
             raise DataError(
                 f"{origin}: column {ours[name]} holds no single values",
                 remedy="export one value a record and column",
@@ -96,12 +98,13 @@ def _check_claims(metadata: Any, plain: Sequence[str], origin: str, source: Data
     if sum(g.num_rows for g in groups) != records or any(g.num_rows < 0 for g in groups):
         raise _damaged(origin)
     size = records * len(plain) * _BYTES_A_CELL
+    ours = {*plain}
     for group in groups:
         for c in range(group.num_columns):
             chunk = group.column(c)
             if chunk.total_uncompressed_size < 0 or chunk.num_values < 0:
                 raise _damaged(origin)
-            if chunk.path_in_schema in plain and chunk.num_values != group.num_rows:
+            if chunk.path_in_schema in ours and chunk.num_values != group.num_rows:
                 raise _damaged(origin)
             size += chunk.total_uncompressed_size
     if size > source.max_bytes:

@@ -82,7 +82,7 @@ def read_csv(file: BinaryIO, origin: str, source: DataSource) -> tuple[Any, Plac
     if ragged:
         places = ", ".join(str(line) for line in locate(ragged[:PLACES_SHOWN]))
         raise DataError(
-            f"{origin}: {len(ragged)} records have not {len(names)} fields as the header has: line {places}"
+            f"{origin}: {len(ragged)} records don't have the header's {len(names)} fields: line {places}"
             + (", …" if len(ragged) > PLACES_SHOWN else ""),
             remedy="quote fields that hold the delimiter, and give every record all its fields",
         )

@@ -59,11 +59,13 @@ class _Plan:
         self.origin = str(folder.root / "site.toml")
         self.names = needed_columns(study)
         self.columns = {s: c for c in study.data.columns for s in c.sources}
+        self.stems = {c.name: c for c in study.data.columns}
+        self.single = {*folder.file.data.columns}
         self.label = study.data.label
         self.key = study.data.patient_key
         self.mappings = {name: self._mapping(name, folder.file.data) for name in self.names}
         self.wanted = {name: self.mappings[name].column or name for name in self.names}
-        for name in {*self.names} & {*folder.file.data.columns} | {c.name for c in study.data.columns}:
+        for name in {*self.names} & {*folder.file.data.columns} | {*self.stems}:
             self._check(name, folder.file.data.columns.get(name, Mapping()))
         first: dict[str, str] = {}
         for name, column in self.wanted.items():
@@ -85,7 +87,7 @@ class _Plan:
         return stem.model_copy(update={"column": renamed})
 
     def _check(self, name: str, mapping: Mapping) -> None:
-        column = next((c for c in self.columns.values() if name in (c.name, *c.sources)), None)
+        column = self.columns.get(name) or self.stems.get(name)
         converts = mapping.multiply != 1.0 or mapping.add != 0.0
         if isinstance(column, NumericColumn):
             if mapping.unit not in (None, column.unit) and not converts:
@@ -134,10 +136,17 @@ class _Plan:
                 remedy="export the columns with a header line, or say in site.toml [data.columns.NAME] "
                 "what they are called there",
             )
-        return {name: self._converted(name, rows.column(self.wanted[name])) for name in self.names}
+        text = {name: rows.column(self.wanted[name]).combine_chunks() for name in self.names}
+        for column in self.stems.values():
+            sources = column.sources
+            if len(sources) == 1 or self.single.intersection(sources):
+                text |= {s: self._converted(s, text[s]) for s in sources}
+            else:  # as one long column: a call per column would cost more than the work
+                block = self._converted(sources[0], pa.concat_arrays([text[s] for s in sources]))
+                text |= {s: block.slice(i * rows.num_rows, rows.num_rows) for i, s in enumerate(sources)}
+        return text | {n: self._converted(n, text[n]) for n in self.names if n not in self.columns}
 
-    def _converted(self, name: str, chunked: Any) -> Any:
-        text = chunked.combine_chunks()
+    def _converted(self, name: str, text: Any) -> Any:
         mapping = self.mappings[name]
         if mapping.codes:
             theirs = [normal_code(code) for code in mapping.codes]

@@ -157,3 +157,22 @@ def test_what_a_header_claims_is_never_allocated(name: str, tmp_path: Path) -> N
 
 def test_the_limit_on_records_counts_no_header(tmp_path: Path) -> None:
     assert read(tmp_path, SITE + "max_records = 20\n").records == 20
+
+
+def test_ragged_records_are_counted_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.sources.delimited._LARGEST_BLOCK", 4096)
+    rows = [[f"p{i}", "40", "1", "60", "0"] for i in range(5000)]
+    rows[4000].append("8675309")
+    rows[4999].pop()
+    with pytest.raises(
+        DataError, match=r"2 records don't have the header's 5 fields: line 4002, 5001"
+    ) as caught:
+        read(tmp_path, content=csv_text(rows))
+    assert "8675309" not in str(caught.value)
+
+
+def test_a_repeated_column_with_one_conversion_is_converted_alike(tmp_path: Path) -> None:
+    site = SITE + "[data.columns.age]\nmultiply = 2.0\n"
+    content = "patient_id,age_0,age_1,sex,pulse,outcome\np1,4,5,0,60,0\np2,6,?,0,60,0\n"
+    table = read(tmp_path, site, REPEATED, content)
+    assert (column(table, "age_0"), column(table, "age_1")) == (["8", "12"], ["10", "?"])
