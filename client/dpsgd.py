@@ -113,6 +113,9 @@ class ClippedGradients:
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of min(1, C / ‖g‖) g, float32 [parameters], with ‖g‖ over all of them.
 
+        A patient whose g or ‖g‖ overflows counts as zero: NaN would drown the noise and tell everyone
+        that such a patient is here.
+
         Args:
             clipping_norm: C.
         """
@@ -131,6 +134,10 @@ class ClippedGradients:
         gradients = [self._per_patient(p, batch) for p in self.parameters]
         squares = torch.stack([g.square().sum(dim=1) for g in gradients]).sum(dim=0)
         scale = (clipping_norm / squares.sqrt().clamp(min=1e-30)).clamp(max=1.0)
+        sound = squares.isfinite()
+        if not sound.all():
+            scale = torch.where(sound, scale, 0.0)
+            gradients = [torch.where(sound[:, None], g, 0.0) for g in gradients]
         return torch.cat([scale @ g for g in gradients])
 
     def _per_patient(self, parameter: nn.Parameter, batch: Batch) -> torch.Tensor:
