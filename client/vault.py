@@ -91,9 +91,21 @@ class Vault:
         plan = plan_study(study, self._holdings.public_size)
         reservation = self._reservation(job, study, plan, digest)
         self._ledger.reserve(reservation, approval)
-        reply = encode(self._work(job, study, plan, reservation))
+        reply = self._outcome(job, study, plan, reservation)
         self._ledger.commit(reservation, reply)
         return reply
+
+    def _outcome(self, job: Job, study: Study, plan: StudyPlan, reservation: Reservation) -> bytes:
+        """The reply, or a refusal that came of the work. Either is kept: a second run of a paid round
+        would draw fresh noise, and its outcome would be a second release."""
+        try:
+            return encode(self._work(job, study, plan, reservation))
+        except Refused as error:
+            log.info("refused: %s", error.message)
+            return encode(refusal(self.site, error))
+        except BaseException:
+            self._trainers.clear()  # it may hold gradients of the patients it was at
+            raise
 
     def _check(self, job: Job, study: Study, policy: Policy, approval: Approval) -> None:
         header = job.header
