@@ -98,6 +98,15 @@ def _spending(reservations: Iterable[Reservation]) -> Spending:
     )
 
 
+def _planned_otherwise(wanted: Reservation, before: Reservation) -> bool:
+    """Whether two rounds of a session don't come from one plan, whose ε was charged when it began."""
+    pairs = ((wanted.training, before.training), (wanted.evaluation, before.evaluation))
+    return (wanted.session_epsilon, wanted.session_delta) != (
+        before.session_epsilon,
+        before.session_delta,
+    ) or any(a is not None and b is not None and a != b for a, b in pairs)
+
+
 class Ledger:
     """A site's spending, over every study and session.
 
@@ -111,7 +120,8 @@ class Ledger:
     """
 
     def __init__(self, path: Path, replies: Path, *, durable: bool = True) -> None:
-        replies.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (path.parent, replies):  # with `parents`, mkdir gives its mode to the last one only
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._replies = replies
         self._journal = Journal(path, durable=durable)
         self._durable = durable
@@ -166,8 +176,9 @@ class Ledger:
         """Write down what a round will cost; when this returns, it is spent.
 
         Raises:
-            BudgetExhausted: if the session is new and the approval has too little left for it.
-            Refused: if the session belongs to another study.
+            BudgetExhausted: if the approval has too little left for a new session, or less by now
+                than what has been reserved.
+            Refused: if the session belongs to another study, or was planned otherwise when it began.
             LedgerError: if it can't be written.
         """
         if wanted.key in self._reserved:
@@ -177,18 +188,22 @@ class Ledger:
             raise Refused(
                 f"session {wanted.session} belongs to another study", remedy="start a session of its own"
             )
-        if not session:
-            self._admit(wanted, approval)
+        if any(_planned_otherwise(wanted, r) for r in session):
+            raise Refused(
+                f"session {wanted.session} was planned otherwise when it began",
+                remedy="the site's public size or software has changed: start a new session",
+            )
+        self._admit(wanted, approval, new=not session)
         self._journal.append("reserve", wanted.body())
         self._reserved[wanted.key] = wanted
 
-    def _admit(self, wanted: Reservation, approval: Approval) -> None:
+    def _admit(self, wanted: Reservation, approval: Approval, *, new: bool) -> None:
         before = _spending(r for r in self._reserved.values() if r.study == wanted.study)
-        eps = before.epsilon + (wanted.session_epsilon or 0.0)
-        delta = before.delta + (wanted.session_delta or 0.0)
+        eps = before.epsilon + (wanted.session_epsilon or 0.0) * new
+        delta = before.delta + (wanted.session_delta or 0.0) * new
         if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
             raise BudgetExhausted(
-                f"{before.sessions} earlier sessions of this study leave too little of the approved budget",
+                f"{before.sessions} sessions of this study leave too little of the approved budget",
                 remedy="the site's privacy officer may approve more: fedward-site approve",
             )
 
