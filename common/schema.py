@@ -94,7 +94,7 @@ def feature_names(study: Study) -> tuple[str, ...]:
     names: list[str] = []
     for column in study.data.columns:
         if isinstance(column, CategoricalColumn):
-            names += [f"{column.name}={code}" for code in ordered_codes(column)]
+            names += [f"{column.name}={code}" for code in ordered_codes(column) if code != column.baseline]
         else:
             names += column.sources
         if _rule(column, study) == "indicator":
@@ -201,7 +201,8 @@ def encode_coded(coded: Coded, study: Study) -> Encoded:
             codes = dictionary.codes[column.name]
             default = -1 if column.default is None else codes[normal_code(column.default)]
             index = np.where(missing, default, values).astype(np.int64)
-            parts.append((index[:, None] == np.arange(len(codes))).astype(np.float32))
+            seen = [i for i, code in enumerate(ordered_codes(column)) if code != column.baseline]
+            parts.append((index[:, None] == np.array(seen)).astype(np.float32))
         if rule == "indicator":
             parts.append(missing.reshape(records, len(column.sources)).astype(np.float32))
     positions = np.flatnonzero(kept).astype(np.int64)

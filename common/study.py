@@ -69,11 +69,13 @@ class NumericColumn(Strict):
 
 
 class CategoricalColumn(Strict):
-    """A coded quantity, one-hot encoded in the order of `codes`.
+    """A coded quantity, one-hot encoded: whole numbers rising, then text.
 
     Attributes:
         codes: code as it stands in the data → what it means. Whole numbers match `1` and `1.0` alike.
         default: the code that stands in for a missing one; all zeros when absent.
+        baseline: a code that gets no feature of its own (as in regression): the others are seen against
+            it, and less noise enters under privacy.
     """
 
     kind: Literal["categorical"]
@@ -83,11 +85,13 @@ class CategoricalColumn(Strict):
     missing: MissingRule | None = None
     missing_codes: tuple[str, ...] = ()
     default: str | None = None
+    baseline: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if self.default is not None and self.default not in self.codes:
-            raise ValueError(f"column {self.name}: default {self.default!r} is not one of its codes")
+        for field, code in (("default", self.default), ("baseline", self.baseline)):
+            if code is not None and code not in self.codes:
+                raise ValueError(f"column {self.name}: {field} {code!r} is not one of its codes")
         return self
 
     @property
