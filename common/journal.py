@@ -70,8 +70,9 @@ def chain(content: bytes, path: Path) -> list[Entry]:
         previous = entries[-1].hash if entries else GENESIS
         try:
             entry = Entry(**json.loads(line))
-            sound = entry == _linked(number, entry.time, entry.kind, entry.body, previous)
-        except (ValueError, TypeError):
+            linked = _linked(number, entry.time, entry.kind, entry.body, previous)
+            sound = entry == linked and linked.line() == line + b"\n"
+        except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound:
             raise LedgerError(
@@ -135,8 +136,11 @@ class Journal:
         """Write one entry; it is on disk when this returns.
 
         Raises:
-            LedgerError: if it can't be written whole; the file is then as before.
+            LedgerError: if it can't be written whole. The file is then as before; if not even that can
+                be had, the journal takes nothing more until it is opened anew.
         """
+        if self._descriptor < 0:
+            raise LedgerError(f"{self.path}: closed", remedy="start the vault again")
         entry = _linked(len(self.entries) + 1, time.time(), kind, body, self.head)
         line = entry.line()
         before = os.fstat(self._descriptor).st_size
@@ -145,13 +149,22 @@ class Journal:
                 raise OSError(28, "No space left on device")
             if self._durable:
                 os.fsync(self._descriptor)
-        except OSError as error:
-            os.ftruncate(self._descriptor, before)
+        except BaseException as error:
+            self._restore(before)
+            if not isinstance(error, OSError):
+                raise
             raise LedgerError(
                 f"{self.path}: cannot be written ({error.strerror})", remedy="free space on that disk"
             ) from None
         self.entries.append(entry)
         return entry
+
+    def _restore(self, size: int) -> None:
+        """Cut off an entry that nobody was told of: the next one would not chain to it."""
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError:
+            self.close()
 
     def close(self) -> None:
         """Let the file go; a second call does nothing."""
