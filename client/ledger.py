@@ -116,7 +116,8 @@ class Ledger:
         durable: fsync (see `Journal`).
 
     Raises:
-        LedgerError: as `Journal`.
+        LedgerError: as `Journal`; or if a reply is kept that the journal knows nothing of, because an
+            older copy of it was put back.
     """
 
     def __init__(self, path: Path, replies: Path, *, durable: bool = True) -> None:
@@ -133,6 +134,19 @@ class Ledger:
                 self._reserved[reservation.key] = reservation
             elif entry.kind == "commit":
                 self._committed[entry.body["session"], entry.body["round"]] = entry.body["reply"]
+        self._check_replies()
+
+    def _check_replies(self) -> None:
+        for path in self._replies.glob(".*"):
+            path.unlink(missing_ok=True)  # a crash while it was being written
+        known = {self._reply_path(*key) for key in self._reserved}
+        unknown = sorted(set(self._replies.glob("*.safetensors")) - known)
+        if unknown:
+            self.close()
+            raise LedgerError(
+                f"{unknown[0]}: a reply of a round that {self._journal.path} does not know",
+                remedy="the ledger is older than its replies: restore the latest one",
+            )
 
     @property
     def head(self) -> str:
