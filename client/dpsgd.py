@@ -23,6 +23,10 @@ from common.privacy.noise import Stream
 from common.privacy.plan import StepPlan
 from common.study import Objective
 
+# torch warns that inputs need no gradient; Opacus's hooks work all the same. Once for the process,
+# because `catch_warnings` is not safe among threads, and sites of a simulation are threads.
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
+
 MAX_GRADIENT_ELEMENTS = 1 << 26  # 256 MiB of float32 per-record gradients at a time
 
 
@@ -125,12 +129,9 @@ class ClippedGradients:
         return total
 
     def _piece(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
-        with warnings.catch_warnings():
-            # torch warns that the inputs need no gradient; the hooks work all the same.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            outputs = self._module(patients.features[batch.records])
-            losses = record_losses(self._objective, outputs, patients.labels[batch.records])
-            (losses * batch.weights).sum().backward()
+        outputs = self._module(patients.features[batch.records])
+        losses = record_losses(self._objective, outputs, patients.labels[batch.records])
+        (losses * batch.weights).sum().backward()
         gradients = [self._per_patient(p, batch) for p in self.parameters]
         squares = torch.stack([g.square().sum(dim=1) for g in gradients]).sum(dim=0)
         scale = (clipping_norm / squares.sqrt().clamp(min=1e-30)).clamp(max=1.0)

@@ -10,6 +10,7 @@ Two regimes, both tight for a schedule that is fixed beforehand:
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -24,6 +25,7 @@ from common.privacy.mechanism import Event, SubsampledGaussian
 
 PRV_ERROR = 0.005
 LARGEST_EPSILON = 1e6
+_ONE_AT_A_TIME = threading.Lock()  # `catch_warnings` is not safe among threads
 NOISE_RANGE = (0.3, 1e5)
 SIGNIFICANT_DIGITS = 5
 
@@ -49,7 +51,7 @@ def _epsilon(steps: tuple[tuple[tuple[float, float], int], ...], delta: float) -
     accountant = PRVAccountant()
     accountant.history = [(sigma, rate, n) for (sigma, rate), n in steps]
     try:
-        with warnings.catch_warnings():
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return float(accountant.get_epsilon(delta, eps_error=PRV_ERROR, delta_error=delta / 1000))
     except (ValueError, RuntimeError, OverflowError, MemoryError) as error:

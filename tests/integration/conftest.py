@@ -1,4 +1,4 @@
-"""One consortium of four sites for all tests of deployment: starting it is the expensive part."""
+"""One consortium of four sites with false vaults: starting it is the expensive part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster import Cluster, echo, fake_vault, loaded_libraries
 ASKING: dict[str, set[str]] = {}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     root = tmp_path_factory.mktemp("cluster")
 
