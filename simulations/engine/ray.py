@@ -31,7 +31,6 @@ RAY_ADDRESS = "RAY_ADDRESS"
 PROGRESS_PAUSE = 0.5  # seconds between looks at the store
 FLOWER_PAUSE = 15.0  # seconds between questions to Flower, each of which is a process
 FIRST_ROUND_SECONDS = 600.0  # Ray takes 10 s to start, and much longer on a busy machine
-LAST_SECONDS = 60.0  # for Flower to end a run whose session is finished
 
 
 def simulate_on_ray(
@@ -63,7 +62,8 @@ def simulate_on_ray(
         federation = {"num-supernodes": len(places), "client-resources-num-cpus": 1}
         if not os.environ.get(RAY_ADDRESS):
             federation["init-args-num-cpus"] = workers  # Ray refuses it when joining a cluster
-        config = {"store": str(run / "store"), "session": simulation.session, "volatile": True}
+        config: dict[str, bool | str] = {"store": str(run / "store"), "session": simulation.session}
+        config["volatile"] = True
         _follow(link, link.submit(config, federation), simulation, watch)
     return simulation
 
@@ -84,12 +84,14 @@ def _ray_variables() -> Iterator[Mapping[str, str]]:
             RAY_ADDRESS: "local",
             "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DISABLE_IMPORT_WARNING": "1",
         }
 
 
 def _follow(link: SuperLink, run_id: int, simulation: Simulation, watch: Callable[[int], None]) -> None:
-    """Wait for the session's end as the store tells it; ask Flower now and then whether it still runs."""
+    """Wait for the session's end as the store tells it; ask Flower now and then whether it still runs.
+
+    Once the session has ended all is in the store, so Flower's own end need not be waited for.
+    """
     store, session = simulation.store, simulation.session
     started = asked = time.monotonic()
     while (found := store.session(session)).status not in {FINISHED, FAILED}:
@@ -109,15 +111,6 @@ def _follow(link: SuperLink, run_id: int, simulation: Simulation, watch: Callabl
     watch(store.rounds_done(session))
     if found.status == FAILED:
         raise StudyFailed(found.detail or "the session failed", remedy=f"see {link.log}")
-    _let_end(link, run_id)
-
-
-def _let_end(link: SuperLink, run_id: int) -> None:
-    """Give Ray the time to stop by itself; what is left then is ended anyway."""
-    deadline = time.monotonic() + LAST_SECONDS
-    while time.monotonic() < deadline and link.running:
-        if link.outcome(run_id).startswith("finished"):
-            return
 
 
 def _broken(link: SuperLink, what: str) -> DeploymentError:

@@ -1,4 +1,4 @@
-"""What Flower's simulation runtime loads as the ClientApp: `client.app`'s own, with simulated vaults behind it."""
+"""What Flower's simulation runtime loads: `client.app`'s own ClientApp, with simulated vaults behind it."""
 
 from __future__ import annotations
 

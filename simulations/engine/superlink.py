@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from signal import SIGKILL, SIGTERM, Signals
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import tomli_w
@@ -24,6 +24,7 @@ from common.errors import DeploymentError
 from common.processes import beside_python, free_port, offline_environment
 
 CONNECTION = "simulation"
+OWNER_VARIABLE = "FEDWARD_SUPERLINK"  # marks all that a SuperLink of ours has started
 SERVER_APP, CLIENT_APP = "server.app:app", "simulations.engine.ray_app:app"
 _START_SECONDS = 90.0
 _COMMAND_SECONDS = 120.0
@@ -121,7 +122,10 @@ def superlink(folder: Path, variables: Mapping[str, str]) -> Iterator[SuperLink]
     address = f"127.0.0.1:{port}"
     # Flower starts `flwr-simulation` by name: it must be the one beside this interpreter.
     path = os.pathsep.join((str(Path(flower).parent), os.environ.get("PATH", "")))
-    environment = offline_environment(home, PATH=path, NO_COLOR="1", COLUMNS="1000", **variables)
+    owner = str(folder.resolve())
+    environment = offline_environment(
+        home, PATH=path, NO_COLOR="1", COLUMNS="1000", **variables, **{OWNER_VARIABLE: owner}
+    )
     link = {"address": address, "insecure": True}
     content = {"superlink": {"default": CONNECTION, CONNECTION: link}}
     (home / "config.toml").write_bytes(tomli_w.dumps(content).encode())
@@ -138,14 +142,14 @@ def superlink(folder: Path, variables: Mapping[str, str]) -> Iterator[SuperLink]
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # its id then names all that it starts, Ray's daemons too
+            start_new_session=True,  # Ctrl-C reaches this process only, which then ends it
         )
     running = SuperLink(folder, environment, process)
     try:
         _await_health(running, address)
         yield running
     finally:
-        _end(process)
+        _end(process, owner)
 
 
 def _await_health(link: SuperLink, address: str) -> None:
@@ -189,36 +193,28 @@ def _write_app(app: Path, run_config: Mapping[str, bool | str]) -> None:
     (app / "pyproject.toml").write_bytes(tomli_w.dumps(content).encode())
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a session's leader, then whatever of its session is left; the leader's id is kept till last."""
-    for number, seconds in ((SIGTERM, _STOP_SECONDS), (SIGKILL, _STOP_SECONDS)):
-        if not _signal_session(process.pid, number):
-            break
-        deadline = time.monotonic() + seconds
-        while _session(process.pid) and time.monotonic() < deadline:
+def _end(process: subprocess.Popen[bytes], owner: str) -> None:
+    """End SuperLink and all that it has started, Ray's daemons too: politely, then by force."""
+    for number in (SIGTERM, SIGKILL):
+        for pid in _owned(process, owner):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while _owned(process, owner) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
     process.wait(timeout=_STOP_SECONDS)
 
 
-def _signal_session(session: int, number: Signals) -> list[int]:
-    found = _session(session)
-    for pid in found:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-    return found
+def _owned(process: subprocess.Popen[bytes], owner: str) -> list[int]:
+    """The living processes of one SuperLink.
 
-
-def _session(session: int) -> list[int]:
-    """The living processes of a session (Linux's /proc; elsewhere its leader alone is known)."""
-    processes = Path("/proc")
-    if not (processes / "self" / "stat").exists():
-        return [session]
-    found = []
-    for entry in processes.iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                # After the command's name, which may hold anything: state, parent, group, session.
-                state, _, _, owner = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(owner) == session and state not in "ZX":
-                    found.append(int(entry.name))
-    return found
+    Ray's daemons leave its session and its tree, but not the environment that they were given (Linux's
+    /proc tells it; elsewhere only SuperLink itself is known, and Ray's daemons follow their driver).
+    """
+    found = {process.pid} if process.poll() is None else set()
+    mark = f"{OWNER_VARIABLE}={owner}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # another user's, or it has just ended
+            if mark in path.read_bytes().split(b"\0"):
+                found.add(int(path.parent.name))
+    return sorted(found)
