@@ -1,0 +1,460 @@
+"""The vault's one way in: what it refuses, what a refusal may say, and what a reply is made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from small import SECRETS, allow, make_site, study, write_rows
+
+from client import training
+from client import vault as module
+from client.ledger import spending
+from client.policy import load_policy, revoke, save_policy
+from client.settings import SiteFolder
+from client.site import open_vault
+from client.vault import Vault
+from common.errors import SiteError
+from common.messages import Job, JobHeader, Refusal, Reply, decode, encode
+from common.metrics import EXACT_BINS
+from common.models import parameter_arrays, study_model
+from common.privacy.noise import Seeded
+from common.privacy.plan import plan_study
+from common.study import Study
+
+OPEN = {"mode": "none"}
+WANTED = study()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SiteFolder:
+    return make_site(tmp_path / "site")
+
+
+@pytest.fixture
+def vault(folder: SiteFolder) -> Iterator[Vault]:
+    opened = open_vault(folder, durable=False)
+    yield opened
+    opened.close()
+
+
+def job(wanted: Study = WANTED, number: int = 1, session: str = "first", metrics: str = "private",
+        arrays: dict[str, np.ndarray] | None = None) -> bytes:  # fmt: skip
+    header = JobHeader(session=session, round=number, study=wanted.digest, metrics=metrics)
+    return encode(Job(header, parameter_arrays(study_model(wanted)) if arrays is None else arrays))
+
+
+def answered(vault: Vault, request: bytes) -> Reply:
+    message = decode(vault.answer(request))
+    assert isinstance(message, Reply), message
+    return message
+
+
+def refused(vault: Vault, request: bytes) -> str:
+    content = vault.answer(request)
+    assert_silent(content)
+    message = decode(content)
+    assert isinstance(message, Refusal), "it should have refused"
+    return message.header.code
+
+
+def assert_silent(content: bytes) -> None:
+    for secret in SECRETS:
+        assert secret.encode() not in content
+        assert secret.encode().lower() not in content.lower()
+
+
+def spent(folder: SiteFolder, wanted: Study = WANTED) -> float:
+    found = spending(folder.ledger_path).get(wanted.digest)
+    return found.epsilon if found else 0.0
+
+
+# --- what is refused, and costs nothing
+
+
+def test_without_a_policy_nothing_is_allowed(vault: Vault, folder: SiteFolder) -> None:
+    assert not folder.policy_path.exists()
+    assert refused(vault, job()) == "not-approved"
+    assert spent(folder) == 0
+
+
+def test_another_study_than_the_approved_one(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    assert refused(vault, job(study(algorithm={"rounds": 4}))) == "not-approved"
+    answered(vault, job())
+
+
+def test_a_policy_that_cannot_be_read_allows_nothing(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    whole = folder.policy_path.read_text()
+    for broken in ("[[approved", whole + "\nextra = 1\n", whole.replace("epsilon = ", "epsilon = -"), "\xff"):
+        folder.policy_path.write_text(broken)
+        assert refused(vault, job()) == "site-invalid"
+    assert spent(folder) == 0
+    folder.policy_path.unlink()
+    assert refused(vault, job()) == "not-approved"
+
+
+def test_revoked_in_the_middle(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    answered(vault, job())
+    revoke(folder, WANTED.digest)
+    assert refused(vault, job(number=2)) == "not-approved"
+    assert refused(vault, job()) == "not-approved"  # not even what was answered before
+    assert spent(folder) == pytest.approx(plan_study(WANTED, 50).epsilon)
+
+
+def test_the_approved_copy_was_changed(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    path = folder.approved / f"{WANTED.digest}.json"
+    path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
+    assert refused(vault, job()) == "site-invalid"
+    path.write_bytes(b"{")
+    assert refused(vault, job()) == "study-invalid"
+    path.unlink()
+    assert refused(vault, job()) == "site-invalid"
+    assert spent(folder) == 0
+
+
+def test_exact_metrics_of_private_patients(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    for number in (1, 4):
+        assert refused(vault, job(number=number, metrics="exact")) == "refused"
+    assert spent(folder) == 0
+
+
+def test_exact_metrics_after_the_cohort_stopped_being_public(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED, public=True)
+    assert answered(vault, job(number=4, metrics="exact")).header.exact
+    policy = load_policy(folder)
+    save_policy(folder, policy.model_copy(update={"cohort": type(policy.cohort)(public=False)}))
+    assert refused(vault, job(number=4, metrics="exact")) == "refused"
+
+
+def test_a_study_without_privacy(vault: Vault, folder: SiteFolder) -> None:
+    bare = study(privacy=OPEN)
+    with pytest.raises(Exception, match="public cohorts only"):
+        allow(folder, bare)
+    allow(folder, bare, public=True)
+    policy = load_policy(folder)
+    save_policy(folder, policy.model_copy(update={"cohort": type(policy.cohort)(public=False)}))
+    assert refused(vault, job(bare)) == "refused"
+    protected = policy.approved[0].model_copy(update={"unprotected": False, "epsilon": 9.0, "delta": 0.1})
+    save_policy(folder, policy.model_copy(update={"approved": (protected,)}))
+    assert refused(vault, job(bare)) == "refused"
+
+
+@pytest.mark.parametrize("number", [5, 6, 1_000_000])
+def test_a_round_beyond_the_plan(vault: Vault, folder: SiteFolder, number: int) -> None:
+    allow(folder, WANTED)
+    assert refused(vault, job(number=number)) == "refused"
+    assert spent(folder) == 0
+
+
+def test_a_second_session_beyond_the_budget(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    answered(vault, job())
+    assert refused(vault, job(session="second")) == "budget-exhausted"
+    answered(vault, job(number=2))
+    assert spent(folder) <= (load_policy(folder).approved[0].epsilon or 0)
+
+
+def test_the_budget_survives_revoking_and_approving_again(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    answered(vault, job())
+    revoke(folder, WANTED.digest)
+    allow(folder, WANTED)
+    assert refused(vault, job(session="second")) == "budget-exhausted"
+
+
+def test_another_study_in_the_same_session(vault: Vault, folder: SiteFolder) -> None:
+    other = study(name="other")
+    allow(folder, WANTED)
+    allow(folder, other)
+    answered(vault, job())
+    assert refused(vault, job(other, number=2)) == "refused"
+    assert spent(folder, other) == 0
+
+
+def test_other_parameters_for_the_same_round(folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    arrays = {n: a + 1 for n, a in parameter_arrays(study_model(WANTED)).items()}
+    vault = open_vault(folder, durable=False)
+    first = vault.answer(job())
+    for _ in range(2):
+        assert refused(vault, job(arrays=arrays)) == "refused"
+        assert vault.answer(job()) == first
+        vault.close()
+        vault = open_vault(folder, durable=False)
+    vault.close()
+
+
+def bad_parameters() -> dict[str, dict[str, np.ndarray]]:
+    good = parameter_arrays(study_model(WANTED))
+    weight = next(n for n in good if n.endswith("weight"))
+    return {
+        "none": {},
+        "one too many": {**good, "extra": np.zeros(3, np.float32)},
+        "another name": {n.upper(): a for n, a in good.items()},
+        "another shape": {**good, weight: good[weight].T.copy()},
+        "doubles": {n: a.astype(np.float64) for n, a in good.items()},
+        "whole numbers": {n: a.astype(np.int64) for n, a in good.items()},
+        "NaN": {**good, weight: good[weight] * np.float32("nan")},
+        "infinity": {**good, weight: good[weight] + np.float32("inf")},
+    }
+
+
+@pytest.mark.parametrize("kind", bad_parameters())
+def test_parameters_of_another_model(vault: Vault, folder: SiteFolder, kind: str) -> None:
+    allow(folder, WANTED)
+    assert refused(vault, job(arrays=bad_parameters()[kind])) == "refused"
+    answered(vault, job(number=2))  # the vault still works
+
+
+@pytest.mark.parametrize("value", [1e30, 3e38])
+@pytest.mark.parametrize(
+    "model", [{"name": "logistic-regression"}, {"name": "mlp", "parameters": {"hidden": [3]}}]
+)
+def test_huge_parameters_bring_out_no_bit_of_the_data(
+    tmp_path: Path, value: float, model: dict[str, Any]
+) -> None:
+    """Whether the answer is a refusal must not depend on the patients."""
+    wanted = study(model=model)
+    random = np.random.default_rng(0)
+    arrays = {
+        n: (np.sign(random.normal(size=a.shape)) * value).astype(np.float32)
+        for n, a in parameter_arrays(study_model(wanted)).items()
+    }
+    for seed in range(3):
+        folder = make_site(tmp_path / f"site-{seed}")
+        write_rows(folder.root, 60, seed)
+        allow(folder, wanted)
+        vault = open_vault(folder, durable=False)
+        for number in (1, 4):
+            answered(vault, job(wanted, number, arrays=arrays))
+        vault.close()
+
+
+# --- what an error may say
+
+
+@pytest.mark.parametrize("trouble", ["a secret value", "a column less", "no file", "broken", "duplicate"])
+def test_trouble_with_the_data_stays_at_the_site(
+    vault: Vault, folder: SiteFolder, trouble: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    allow(folder, WANTED)
+    path = folder.data_path
+    lines = path.read_text().splitlines()
+    if trouble == "a secret value":
+        path.write_text("\n".join([*lines, "PATIENT-ZEBRA,123.4567,0,0,0,sekretcode,123.4567"]) + "\n")
+    elif trouble == "a column less":
+        path.write_text("\n".join(line.replace("x_2", "secretcolumn2") for line in lines))
+    elif trouble == "no file":
+        path.unlink()
+    elif trouble == "broken":
+        path.write_bytes(b"\x00\xff" * 50)
+    else:
+        path.write_text("\n".join([*lines, lines[5]]) + "\n")
+    content = vault.answer(job())
+    assert_silent(content)
+    message = decode(content)
+    assert isinstance(message, Refusal)
+    assert message.header.message == module.refusal("x", ValueError("y")).header.message
+    text = f"{message.header.message} {message.header.remedy}"
+    assert not any(character.isdigit() for character in text)
+    assert str(folder.root) not in text
+    for secret in ("PATIENT-ZEBRA", "123.4567", "sekretcode"):
+        assert secret not in caplog.text
+    # mended, the same request is answered on the same reservation
+    path.write_text("\n".join(lines) + "\n")
+    answered(vault, job())
+    assert len(vault._ledger.reservations) == 1
+
+
+def test_an_unforeseen_error_says_nothing(
+    vault: Vault, folder: SiteFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    allow(folder, WANTED)
+
+    def failing(*_: object) -> None:
+        raise ValueError(f"row of {SECRETS[1]}: {SECRETS[2]}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "draw_batch", failing)
+        assert refused(vault, job()) == "internal"
+    assert SECRETS[1] not in caplog.text
+    assert SECRETS[2] not in caplog.text
+    answered(vault, job())
+
+
+def test_a_failure_in_the_middle_leaves_nothing_in_the_warm_model(
+    folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opacus keeps per-record gradients and adds the next ones to them."""
+    allow(folder, WANTED)
+    clean = open_vault(folder, randomness=Seeded(1), durable=False)
+    expected = answered(clean, job(number=2)).update
+    clean.close()
+    folder.ledger_path.unlink()
+    for path in folder.replies.iterdir():
+        path.unlink()
+    vault = open_vault(folder, randomness=Seeded(1), durable=False)
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("client.dpsgd.ClippedGradients._per_patient", failing)
+        assert refused(vault, job()) == "internal"
+    found = answered(vault, job(number=2)).update
+    assert all((found[n] == expected[n]).all() for n in expected)
+    vault.close()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [b"", b"x", b"\xff" * 100, save({"a": np.zeros(2)}), job()[:-3], job() + b"x",
+     encode(Refusal(module.refusal("x", ValueError()).header))],
+    ids=["nothing", "a byte", "noise", "no header", "cut", "longer", "a refusal"],
+)  # fmt: skip
+def test_bytes_that_are_no_job(vault: Vault, folder: SiteFolder, request_bytes: bytes) -> None:
+    allow(folder, WANTED)
+    assert refused(vault, request_bytes) == "message-malformed"
+    assert spent(folder) == 0
+
+
+def test_a_refusal_that_came_of_the_work_is_final(
+    folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asking again must not draw fresh noise: each outcome would tell something, for one price."""
+    allow(folder, WANTED)
+    vault = open_vault(folder, durable=False)
+
+    def diverged(update: object) -> object:
+        from common.errors import Refused
+
+        raise Refused("local training diverged")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "finite", diverged)
+        first = vault.answer(job())
+    assert isinstance(decode(first), Refusal)
+    for _ in range(2):
+        assert vault.answer(job()) == first
+        vault.close()
+        vault = open_vault(folder, durable=False)
+    vault.close()
+
+
+# --- what a reply is made of
+
+
+def test_a_whole_session(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    plan = plan_study(WANTED, 50)
+    for number in (1, 2, 3):
+        told = answered(vault, job(number=number))
+        assert told.header.training == plan.training_event()
+        assert told.header.evaluation is None
+        assert not told.metrics
+        assert {n: a.shape for n, a in told.update.items()} == {
+            n: a.shape for n, a in parameter_arrays(study_model(WANTED)).items()
+        }
+    last = answered(vault, job(number=4))
+    assert not last.update
+    assert last.header.training is None
+    assert last.header.evaluation == plan.evaluation_event()
+    assert last.header.weight == 40
+    assert last.metrics["scores"].shape == (2, WANTED.evaluation.bins)
+    assert (last.metrics["scores"] % 1 != 0).all()  # every cell is noised, the empty ones too
+    assert spent(folder) <= 2.0
+
+
+def test_noise_is_new_in_every_session_and_round(folder: SiteFolder) -> None:
+    allow(folder, WANTED, sessions=3)
+    vault = open_vault(folder, durable=False)
+    updates = [answered(vault, job(session=s, number=n)).update for s in ("a", "b", "c") for n in (1, 2, 3)]
+    flat = {np.concatenate([a.ravel() for a in u.values()]).tobytes() for u in updates}
+    assert len(flat) == 9
+    vault.close()
+
+
+def test_the_weight_and_the_header_say_nothing_of_the_true_size(tmp_path: Path) -> None:
+    headers = []
+    for count in (51, 500):
+        folder = make_site(tmp_path / f"site-{count}", count=count)
+        allow(folder, WANTED)
+        vault = open_vault(folder, durable=False)
+        headers.append([answered(vault, job(number=n)).header for n in (1, 4)])
+        sizes = [len(vault.answer(job(number=n))) for n in (1, 4)]
+        headers[-1].append(sizes)
+        vault.close()
+    assert headers[0] == headers[1]
+
+
+def test_the_budget_is_reserved_before_the_data_is_read(
+    folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow(folder, WANTED)
+    vault = open_vault(folder, durable=False)
+    seen = []
+    real = vault._holdings.cohort
+
+    def watched(wanted: Study) -> object:
+        seen.append(spending(folder.ledger_path)[WANTED.digest].rounds)
+        return real(wanted)
+
+    monkeypatch.setattr(
+        vault, "_holdings", type(vault._holdings)(**{**vars(vault._holdings), "cohort": watched})
+    )
+    answered(vault, job())
+    assert seen == [1]
+    vault.close()
+
+
+def test_a_public_cohort_may_be_exact(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED, public=True)
+    told = answered(vault, job(number=4, metrics="exact"))
+    assert told.header.exact
+    assert told.metrics["scores"].shape == (2, EXACT_BINS)
+    assert told.header.evaluation is None
+
+
+def test_a_changed_public_size_does_not_go_on_with_an_old_session(folder: SiteFolder) -> None:
+    wanted = study(training={"sample_rate": None, "patients_per_step": 10})
+    allow(folder, wanted)
+    vault = open_vault(folder, durable=False)
+    answered(vault, job(wanted))
+    vault.close()
+    text = (folder.root / "site.toml").read_text().replace("public_size = 50", "public_size = 30")
+    (folder.root / "site.toml").write_text(text)
+    vault = open_vault(SiteFolder(folder.root), durable=False)
+    assert refused(vault, job(wanted, number=2)) == "refused"
+    vault.close()
+
+
+def test_a_site_needs_its_split_key(folder: SiteFolder) -> None:
+    folder.split_key_path.chmod(0o640)
+    with pytest.raises(SiteError, match="others may read"):
+        open_vault(folder)
+    folder.split_key_path.unlink()
+    with pytest.raises(SiteError, match="no such file"):
+        open_vault(folder)
+
+
+def test_nothing_of_the_data_is_in_any_file_it_writes(folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    vault = open_vault(folder, durable=False)
+    for number in (1, 2, 3, 4):
+        vault.answer(job(number=number))
+    vault.close()
+    for path in folder.root.rglob("*"):
+        if path.is_file() and path != folder.data_path:
+            assert_silent(path.read_bytes())
