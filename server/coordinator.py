@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from common.errors import MessageError, StudyFailed
 from common.messages import Arrays, Job, JobHeader, Refusal, Reply, encode
 from common.study import Study
@@ -100,7 +102,13 @@ class _Rounds:
         replies, answers = self._ask(Job(header, parameters))
         if number <= self._study.algorithm.rounds:
             updates = [Update(r.header.site, r.header.weight, r.update) for r in replies]
-            state, parameters = self._algorithm.apply(state, parameters, updates)
+            with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+                state, parameters = self._algorithm.apply(state, parameters, updates)
+            if not all(np.isfinite(a).all() for a in (*state.values(), *parameters.values())):
+                raise StudyFailed(
+                    f"round {number}: the sites' updates add up to infinity",
+                    remedy="lower the study's learning rates, or leave out the site that sends them",
+                )
         arrays = {PARAMETERS: parameters, STATE: state}
         arrays |= {f"{METRICS}{r.header.site}/": r.metrics for r in replies}
         self._store.record(self._session.id, number, joined(arrays), answers)
