@@ -14,6 +14,7 @@ from common.explain import explain, explain_cost
 from common.models import parameter_count
 from common.study import Study, load_study
 from server.display import RoundsProgress, show
+from simulations.benchmarks.cli import benchmark
 from simulations.datasets import datasets as known_datasets
 from simulations.datasets import fetch as fetch_files
 from simulations.datasets import prepare as prepare_sites
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 data_sets = typer.Typer(help="Public data sets, prepared as hospitals.", no_args_is_help=True)
 app.add_typer(data_sets, name="datasets")
+app.command()(benchmark)
 
 StudyName = Annotated[
     str,

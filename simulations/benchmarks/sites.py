@@ -1,0 +1,84 @@
+"""What more sites cost: seconds per round and memory of the process, each size in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import DeploymentError
+from simulations.benchmarks.measure import Comparison, Result, Timing, rounds_timing
+from simulations.benchmarks.workload import benchmark_study, write_sites
+from simulations.engine import SimulationSettings, simulate
+
+SITES = (4, 16, 64, 256)
+PATIENTS = 100
+_LONGEST_SECONDS = 3600
+
+
+def compare_sites(
+    work: Path, *, counts: Sequence[int] = SITES, rounds: int = 10, repeats: int = 3, workers: int = 2
+) -> Comparison:
+    """The in-process engine with privacy, all sites in memory, as their number grows.
+
+    Raises:
+        DeploymentError: if a size fails.
+    """
+    results = []
+    for count in counts:
+        sites = write_sites(work / f"sites-{count}", count, PATIENTS)
+        runs = [_in_a_process(sites, work / f"run-{count}-{i}", rounds, workers) for i in range(repeats)]
+        more = {
+            "ms per site and round": 1000 * sorted(t.per_round for t, _ in runs)[repeats // 2] / count,
+            "MiB at peak": max(peak for _, peak in runs) / 2**20,
+        }
+        results.append(Result(f"{count} sites", tuple(timing for timing, _ in runs), more))
+    title = f"{rounds} rounds with patient-level DP, {PATIENTS} patients a site, {workers} workers"
+    return Comparison("sites", title, tuple(results))
+
+
+def _in_a_process(sites: Path, run: Path, rounds: int, workers: int) -> tuple[Timing, float]:
+    command = [sys.executable, "-m", __name__, str(sites), str(run), str(rounds), str(workers)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=_LONGEST_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise DeploymentError(
+            f"the benchmark's process ended with {done.returncode}: {done.stderr[-500:]}",
+            remedy="try fewer sites; see that there is memory enough",
+        )
+    told = json.loads(done.stdout.splitlines()[-1])
+    return Timing(told["total"], told["per_round"], told["rounds"]), told["peak"]
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts the parent's memory from before `exec`
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def main(sites: str, run: str, rounds: str, workers: str) -> None:
+    """One run in this process; one line of JSON tells of it."""
+    study = benchmark_study(int(rounds), private=True)
+    began = time.perf_counter()
+    done = simulate(study, Path(sites), Path(run), SimulationSettings(workers=int(workers)))
+    timing = rounds_timing(time.perf_counter() - began, done.store, done.session)
+    sys.stdout.write(json.dumps({**vars(timing), "peak": peak_bytes()}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""The benchmarks run and tell what they measured; how fast is not asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from simulations.benchmarks import deployment
+from simulations.benchmarks.loop import compare_loop
+from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing
+from simulations.benchmarks.plain import run_loop
+from simulations.benchmarks.sites import compare_sites, peak_bytes
+from simulations.benchmarks.workload import benchmark_study, write_sites
+from simulations.cli import app
+from simulations.engine.sites import find_sites
+
+
+def check(comparison: Comparison, names: list[str]) -> None:
+    told = comparison.as_json()
+    json.dumps(told, allow_nan=False)
+    assert [r["name"] for r in told["results"]] == names
+    assert told["results"][0]["ratio"] == told["results"][0]["ratio_with_start_up"] == 1
+    for result in told["results"]:
+        assert result["seconds_per_round"] > 0
+        assert result["seconds_per_round_with_start_up"] > 0
+        assert math.isfinite(result["start_up_seconds"])
+    assert all(len(row) == len(HEADER) for row in comparison.rows())
+
+
+def test_ratios_are_of_medians_to_the_first() -> None:
+    first = Result("a", (Timing(3.0, 0.25, 10), Timing(9.0, 0.5, 10), Timing(100.0, 9.0, 10)))
+    second = Result("b", (Timing(27.0, 2.0, 10),), {"bytes": 5.0})
+    told = Comparison("c", "C", (first, second)).as_json()["results"]
+    assert told[0]["seconds_per_round"] == 0.5
+    assert told[0]["start_up_seconds"] == 4.0
+    assert told[1]["ratio"] == 4.0
+    assert told[1]["ratio_with_start_up"] == 3.0
+    assert told[1]["bytes"] == 5.0
+    assert told[1]["runs"] == 1
+
+
+def test_the_loop(tmp_path: Path) -> None:
+    public, private = compare_loop(tmp_path, sites=2, rounds=2, repeats=1)
+    engines = ["fedward, one worker", "fedward, two workers"]
+    check(public, ["plain loop", "plain loop, DataLoader", *engines])
+    check(private, ["plain loop with Opacus", *engines])
+
+
+def test_the_plain_loop_learns(tmp_path: Path) -> None:
+    """It takes the steps that it says: a loop that did nothing would be a poor reference."""
+    sites = write_sites(tmp_path, 2, 40)
+    for private in (False, True):
+        timing = run_loop(benchmark_study(3, private=private), sites)
+        assert timing.rounds == 3
+        assert timing.total > 0
+
+
+def test_sites(tmp_path: Path) -> None:
+    found = compare_sites(tmp_path, counts=(1, 2), rounds=2, repeats=1)
+    check(found, ["1 sites", "2 sites"])
+    for result in found.results:
+        assert 50 < result.more["MiB at peak"] < 50_000
+    assert peak_bytes() > 0
+
+
+def test_sites_are_sound(tmp_path: Path) -> None:
+    places = find_sites(write_sites(tmp_path, 3, 20), tmp_path)
+    assert [place.folder().file.site.public_size for place in places] == [20, 20, 20]
+
+
+@pytest.mark.deployment
+def test_the_deployment(tmp_path: Path) -> None:
+    if not deployment.available():
+        pytest.skip("nginx is not installed")
+    check(deployment.compare_deployment(tmp_path, sites=1, rounds=2), ["in one process", "deployed"])
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(1.0, 0.1, 5)
+    made = Comparison("loop", "A loop", (Result("plain", (timing,)), Result("ours", (timing,))))
+    asked: list[dict[str, object]] = []
+
+    def fake(work: Path, **options: object) -> tuple[Comparison, ...]:
+        assert work.is_dir()
+        asked.append(options)
+        return (made,)
+
+    monkeypatch.setattr("simulations.benchmarks.cli.compare_loop", fake)
+    told = CliRunner().invoke(app, ["benchmark", "loop", "--rounds", "5", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == {"benchmarks": [made.as_json()]}
+    assert asked == [{"rounds": 5, "repeats": 5, "ray": False}]
+    shown = CliRunner().invoke(app, ["benchmark", "loop"])
+    assert "A loop" in shown.stdout
+    assert CliRunner().invoke(app, ["benchmark", "nonsense"]).exit_code == 2
