@@ -142,8 +142,8 @@ class ClippedGradients:
         return torch.cat([scale @ g for g in gradients])
 
     def _per_patient(self, parameter: nn.Parameter, batch: Batch) -> torch.Tensor:
-        per_record = parameter.grad_sample.flatten(start_dim=1)  # type: ignore[union-attr]
-        parameter.grad_sample = None  # type: ignore[assignment]
+        per_record: torch.Tensor = parameter.grad_sample.flatten(start_dim=1)  # type: ignore[attr-defined]
+        parameter.grad_sample = None  # type: ignore[attr-defined]
         parameter.grad = None
         if batch.one_record_each:
             return per_record

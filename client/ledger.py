@@ -243,10 +243,6 @@ class Ledger:
         old = self._reply_path(reservation.session, reservation.round - KEPT_REPLIES)
         old.unlink(missing_ok=True)
 
-    def note(self, kind: str, body: dict[str, Any]) -> None:
-        """Write down an event that spends nothing (an approval, a revocation)."""
-        self._journal.append(kind, body)
-
     def close(self) -> None:
         self._journal.close()
 

@@ -18,7 +18,7 @@ from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
 from client.training import Trainer
 from common.errors import FedwardError, MessageError, Refused
-from common.messages import Job, JobHeader, Reply, ReplyHeader, decode, encode
+from common.messages import Arrays, Job, JobHeader, Reply, ReplyHeader, decode, encode
 from common.metrics import EXACT_BINS
 from common.privacy.noise import Randomness, Stream
 from common.privacy.plan import StudyPlan, plan_study
@@ -139,7 +139,8 @@ class Vault:
     def _work(self, job: Job, study: Study, plan: StudyPlan, reservation: Reservation) -> Reply:
         header = job.header
         trainer = self._trainer(study, plan)
-        update, metrics = {}, {}
+        update: Arrays = {}
+        metrics: Arrays = {}
         exact = header.metrics == "exact" or not plan.private
         if study.evaluates_in(header.round):
             metrics = trainer.evaluate(job.parameters, EXACT_BINS if exact else study.evaluation.bins)

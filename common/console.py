@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
 
@@ -48,9 +49,10 @@ class Speaker:
         """Show a table to a person; the first column is left-aligned, the others right-aligned."""
         if self.as_json:
             return
-        table = Table(title=title, title_justify="left")
+        self.out.print(title, markup=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         self.out.print(table, soft_wrap=False)

@@ -6,6 +6,7 @@ at most 1 (the sensitivity that noise is scaled to). Sums of sites give the metr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,33 +83,40 @@ def merged(parts: list[Arrays]) -> dict[str, Array]:
 
 
 def measure(sums: Arrays) -> Measured:
-    """Metrics from (merged) histograms; noised counts below zero are taken as zero."""
-    clipped = {name: np.maximum(0.0, array) for name, array in sums.items()}
-    if "scores" in clipped:
-        h = clipped["scores"]
+    """Metrics from (merged) histograms.
+
+    Sums over many cells (patients, AUROC, accuracy, Brier) use noised counts as they are, because
+    the noise has mean zero and taking negative counts as zero would bias them; what comes out is kept
+    within its range. Average precision and calibration error look at single cells, where a count below
+    zero is taken as zero.
+    """
+    if "scores" in sums:
+        h = sums["scores"]
         half = h.shape[1] // 2
         right = h[0, :half].sum() + h[1, half:].sum()
-        return Measured(
-            patients=float(h.sum()),
-            auroc=_auroc(h),
-            auprc=_auprc(h),
-            accuracy=_ratio(right, h.sum()),
-            brier=_brier(h),
-            calibration_error=_calibration_error(h),
-        )
-    confidence, classes = clipped["confidence"], clipped["classes"]
+        return _measured(h, right, [h], h)
+    confidence = sums["confidence"]
+    return _measured(confidence, confidence[1].sum(), list(sums["classes"]), confidence)
+
+
+def _measured(counts: Array, right: float, classes: Sequence[Array], calibration: Array) -> Measured:
+    """Args:
+    counts: whose sum is the number of patients.
+    right: patients (in units) that were classified rightly.
+    classes: score-by-label histograms [2, bins]; metrics are averaged over them.
+    """
     return Measured(
-        patients=float(confidence.sum()),
+        patients=max(0.0, float(counts.sum())),
         auroc=_mean([_auroc(h) for h in classes]),
-        auprc=_mean([_auprc(h) for h in classes]),
-        accuracy=_ratio(confidence[1].sum(), confidence.sum()),
+        auprc=_mean([_auprc(np.maximum(0.0, h)) for h in classes]),
+        accuracy=_ratio(right, counts.sum()),
         brier=_total([_brier(h) for h in classes]),
-        calibration_error=_calibration_error(confidence),
+        calibration_error=_calibration_error(np.maximum(0.0, calibration)),
     )
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole > 0 else None
+    return min(1.0, max(0.0, float(part / whole))) if whole > 0 else None
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -125,9 +133,9 @@ def _auroc(h: Array) -> float | None:
     """P(score of a positive > of a negative) + half the ties (Mann & Whitney), ties within a bin."""
     negatives, positives = h
     below = np.cumsum(negatives) - negatives
-    return _ratio(
-        float((positives * (below + negatives / 2)).sum()), float(negatives.sum() * positives.sum())
-    )
+    if min(negatives.sum(), positives.sum()) <= 0:
+        return None
+    return _ratio(float((positives * (below + negatives / 2)).sum()), negatives.sum() * positives.sum())
 
 
 def _auprc(h: Array) -> float | None:

@@ -22,22 +22,34 @@ def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> No
     for name in names:
         sites = [site for each in reports for site in each.sites if site.site == name]
         rows.append(_row(name, [s.measured for s in sites], [s.epsilon for s in sites]))
+    rows.append(["mean of sites", "", *_means(reports), ""])
     rows.append(_row("all sites", [r.measured for r in reports], [_largest(r) for r in reports]))
     kind = "exact metrics, on public data" if reports[0].exact else "noised metrics"
     times = f", mean ± sd over {len(reports)} seeds" if len(reports) > 1 else ""
-    delta = f"ε at δ = {study.privacy.delta:g}" if study.private else "ε"
+    delta = f"; ε spent per patient at δ = {study.privacy.delta:g}" if study.private else ""
+    speaker.say(study.title)
     speaker.table(
-        f"{study.title}: test patients, {kind}{times}",
-        ["site", "test patients", "AUROC", "accuracy", "calibration error", delta],
+        f"On test patients; {kind}{times}{delta}",
+        ["site", "patients", "AUROC", "accuracy", "cal. error", "ε"],
         rows,
     )
+
+
+def _means(reports: Sequence[SessionReport]) -> list[str]:
+    """The unweighted mean over sites, as many papers report it."""
+    cells = []
+    for column in COLUMNS:
+        by_run = [[getattr(s.measured, column) for s in r.sites if s.measured] for r in reports]
+        known = [[v for v in values if v is not None] for values in by_run]
+        cells.append(_mean_sd([statistics.fmean(values) for values in known if values], 3))
+    return cells
 
 
 def _row(name: str, measured: Sequence[Measured | None], epsilons: Sequence[float | None]) -> list[str]:
     known = [m for m in measured if m is not None]
     cells = [_mean_sd([m.patients for m in known], 0)]
     cells += [_mean_sd([getattr(m, c) for m in known], 3) for c in COLUMNS]
-    return [name, *cells, _mean_sd(epsilons, 3) if any(e is not None for e in epsilons) else "no privacy"]
+    return [name, *cells, _mean_sd(epsilons, 3) if any(e is not None for e in epsilons) else "none"]
 
 
 def _mean_sd(values: Sequence[float | None], digits: int) -> str:
@@ -46,7 +58,7 @@ def _mean_sd(values: Sequence[float | None], digits: int) -> str:
         return "–"
     mean = f"{statistics.fmean(known):.{digits}f}"
     if len(known) > 1 and digits and statistics.stdev(known) > 0:
-        return f"{mean} ± {statistics.stdev(known):.{digits}f}"
+        return f"{mean} ±{statistics.stdev(known):.{digits}f}"
     return mean
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from common.console import JsonOption, speaking
 from common.errors import StudyError
 from common.explain import explain, explain_cost
+from common.files import parse_config, validated
 from common.models import parameter_count
 from common.study import Study, load_study
 from server.display import RoundsProgress, show
@@ -40,6 +42,12 @@ StudyName = Annotated[
 Sites = Annotated[Path, typer.Option(help="Folder of site folders; it is only read.", show_default=False)]
 
 
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. privacy.epsilon=0.1."),
+]
+
+
 class Engine(StrEnum):
     """Where the sites run."""
 
@@ -47,12 +55,27 @@ class Engine(StrEnum):
     ray = "ray"
 
 
-def find_study(name: str) -> Study:
-    """A study by file or by the name of a ready one.
+def find_study(name: str, changes: Sequence[str] = ()) -> Study:
+    """A study by file or by the name of a ready one, with `KEY=VALUE` changes (a study of its own).
 
     Raises:
-        StudyError: if there is neither.
+        StudyError: if there is neither, or a change makes no sense.
     """
+    found = _find_study(name)
+    value = found.model_dump(mode="json")
+    for change in changes:
+        key, _, text = change.partition("=")
+        *path, last = key.split(".")
+        place: Any = value
+        for step in path:
+            place = place.get(step) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise StudyError(f"--set {change}: no such table", remedy="write --set privacy.epsilon=0.1")
+        place[last] = parse_config(f"value = {text}".encode(), f"--set {change}", StudyError)["value"]
+    return validated(Study, value, " ".join(["--set", *changes]), StudyError) if changes else found
+
+
+def _find_study(name: str) -> Study:
     path = Path(name)
     if path.exists() or path.suffix in {".toml", ".json"} or "/" in name:
         return load_study(path)
@@ -80,11 +103,12 @@ def check(
     study: StudyName,
     public_size: Annotated[int, typer.Option(help="Cost at a site of this many patients.", min=1)] = 200,
     sites: Annotated[Path | None, typer.Option(help="Cost at each of these sites instead.")] = None,
+    changed: Changes = None,
     json: JsonOption = False,
 ) -> None:
     """Validate a study and explain it: what is learnt, from what, at what privacy and cost."""
     with speaking(json) as speaker:
-        checked = find_study(study)
+        checked = find_study(study, changed or [])
         lines = explain(checked, parameter_count(checked)).lines
         sizes = {f"a site of {public_size} patients": public_size}
         if sites is not None:
@@ -115,11 +139,12 @@ def run(
     exact_metrics: Annotated[
         bool, typer.Option("--exact-metrics", help="Metrics without noise; for data that is public anyway.")
     ] = False,
+    changed: Changes = None,
     json: JsonOption = False,
 ) -> None:
     """Run a study over a folder of sites and show what came of it."""
     with speaking(json) as speaker:
-        wanted = find_study(study)
+        wanted = find_study(study, changed or [])
         if repeat > 1 and seed is None:
             raise StudyError("--repeat needs --seed", remedy="give the first seed: --seed 1")
         folder = new_run_folder(out, wanted)
