@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from common.console import JsonOption, speaking
-from common.errors import StudyError
+from common.errors import FedwardError, StudyError
 from common.explain import explain, explain_cost
 from common.files import parse_config, validated
 from common.models import parameter_count
@@ -22,6 +24,7 @@ from simulations.datasets import fetch as fetch_files
 from simulations.datasets import prepare as prepare_sites
 from simulations.engine import SimulationSettings, simulate
 from simulations.engine.sites import find_sites
+from simulations.reproduce import flamby_heart
 from simulations.runs import keep, new_run_folder, summary
 from simulations.studies import ready_studies, ready_study
 
@@ -42,6 +45,7 @@ StudyName = Annotated[
 Sites = Annotated[Path, typer.Option(help="Folder of site folders; it is only read.", show_default=False)]
 
 
+Mirror = Annotated[Path | None, typer.Option(help="Take the files from this folder, not the internet.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. privacy.epsilon=0.1."),
@@ -171,6 +175,32 @@ def run(
         speaker.answer({"folder": str(folder), **summary(runs)})
 
 
+class Published(StrEnum):
+    """Results that can be run again."""
+
+    flamby_heart = "flamby-heart"
+
+
+@app.command()
+def reproduce(
+    name: Annotated[Published, typer.Argument(help="Which published result.")] = Published.flamby_heart,
+    mirror: Mirror = None,
+    json: JsonOption = False,
+) -> None:
+    """Run a published experiment again and compare. Exits with 1 if it comes out otherwise."""
+    with speaking(json) as speaker, tempfile.TemporaryDirectory(prefix="fedward-") as work:
+        found = flamby_heart(Path(work), mirror)
+        rows = [
+            [f.quantity, f"{f.mean:.4f} ±{f.deviation:.4f}", f"{f.published[0]:.4f} ±{f.published[1]:.4f}"]
+            for f in found
+        ]
+        title = f"{name}: accuracy of FedAvg without privacy, mean ± sd over {len(found[0].accuracies)} seeds"
+        speaker.table(title, ["quantity", "here", "published"], rows)
+        speaker.answer({"result": name, "quantities": [{**asdict(f), "mean": f.mean} for f in found]})
+        if not all(f.within for f in found):
+            raise FedwardError(f"{name} does not come out as published", remedy="see the table")
+
+
 @data_sets.command(name="list")
 def list_datasets(json: JsonOption = False) -> None:
     """List the public data sets."""
@@ -185,9 +215,7 @@ def fetch(
     name: Annotated[str, typer.Argument(help="See `datasets list`.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Gets NAME/ with one folder a hospital.")] = Path("sites"),
     raw: Annotated[Path, typer.Option(help="Folder that keeps the published files.")] = Path("sites/raw"),
-    mirror: Annotated[
-        Path | None, typer.Option(help="Take the files from this folder instead of the internet.")
-    ] = None,
+    mirror: Mirror = None,
     json: JsonOption = False,
 ) -> None:
     """Fetch a data set (URL and SHA-256 of every file; resumes), and prepare its hospitals."""

@@ -13,23 +13,27 @@ from common.models.registry import Shape, register
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
-def _zeroed_linear(shape: Shape) -> nn.Module:
-    layer = nn.Linear(shape.inputs, shape.outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+Start = Literal["zero", "uniform"]
+
+
+def _linear(shape: Shape, initial: Start) -> nn.Module:
+    layer = nn.Linear(shape.inputs, shape.outputs)  # uniform in ±1/√inputs, torch's own start
+    if initial == "zero":
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(layer)
 
 
 @register("logistic-regression")
-def logistic_regression(shape: Shape) -> nn.Module:
-    """One linear layer from zero (its loss is convex), for the cross-entropy loss."""
-    return _zeroed_linear(shape)
+def logistic_regression(shape: Shape, initial: Start = "zero") -> nn.Module:
+    """One linear layer, for the cross-entropy loss; from zero, because that loss is convex."""
+    return _linear(shape, initial)
 
 
 @register("linear-svm")
-def linear_svm(shape: Shape) -> nn.Module:
-    """One linear layer from zero, for the hinge loss; margin by `optimizer.weight_decay`."""
-    return _zeroed_linear(shape)
+def linear_svm(shape: Shape, initial: Start = "zero") -> nn.Module:
+    """One linear layer, for the hinge loss; its margin is set by `optimizer.weight_decay`."""
+    return _linear(shape, initial)
 
 
 @register("mlp")

@@ -7,12 +7,17 @@ splits each centre with scikit-learn, stratified where both classes have more th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from common.errors import DatasetError
 from simulations.datasets.sites import Hospital
+
+Floats = npt.NDArray[np.float64]
+Column = npt.NDArray[Any]
 
 CENTRES = ("cleveland", "hungarian", "switzerland", "va")
 COLUMNS = (
@@ -40,24 +45,45 @@ def heart_disease_flamby(raw: Path) -> list[Hospital]:
     Standardising by a site's own data spends privacy, which nobody accounts for here: only for
     reproducing what FLamby published.
     """
+    hospitals = []
+    for centre, (values, labels, split, ids) in flamby_features(raw).items():
+        values = standardised(values, values[split == "train"])
+        table = pd.DataFrame(values, columns=[f"x{i}" for i in range(values.shape[1])]).round(9)
+        table.insert(0, "patient_id", ids)
+        table["label"] = labels
+        table["split"] = split
+        hospitals.append(Hospital(centre, table, len(table)))
+    return hospitals
+
+
+def flamby_features(raw: Path) -> dict[str, tuple[Floats, Column, Column, Column]]:
+    """Centre → FLamby's 13 features before standardising (float64 [patients, 13]), labels, split, ids.
+
+    Raises:
+        DatasetError: if the raw files are not as published.
+    """
     tables = {centre: _read(raw, centre) for centre in CENTRES}
     chosen = pd.concat([t[t["split"] != ""].assign(centre=c) for c, t in tables.items()], ignore_index=True)
     features = chosen[[c for c in COLUMNS if c not in (*_DROPPED, "num")]].astype(np.float64)
     # The categories are those of all centres together, as in FLamby: every hospital gets 13 columns.
     features = pd.get_dummies(features, columns=_ONE_HOT, drop_first=True).astype(np.float32)
-    hospitals = []
+    labels = (chosen["num"].to_numpy().astype(np.float64) > 0).astype(np.int64)
+    found = {}
     for centre in CENTRES:
         here = (chosen["centre"] == centre).to_numpy()
-        values = features.to_numpy()[here].astype(np.float64)
-        split = chosen["split"][here].to_numpy()
-        train = values[split == "train"]
-        values = (values - train.mean(axis=0)) / (train.std(axis=0, ddof=1) + 1e-9)
-        table = pd.DataFrame(values, columns=[f"x{i}" for i in range(values.shape[1])]).round(9)
-        table.insert(0, "patient_id", chosen["patient_id"][here].to_numpy())
-        table["label"] = (chosen["num"][here].to_numpy().astype(np.float64) > 0).astype(np.int64)
-        table["split"] = split
-        hospitals.append(Hospital(centre, table, len(table)))
-    return hospitals
+        found[centre] = (
+            features.to_numpy()[here].astype(np.float64),
+            labels[here],
+            chosen["split"].to_numpy()[here],
+            chosen["patient_id"].to_numpy()[here],
+        )
+    return found
+
+
+def standardised(values: Floats, train: Floats) -> Floats:
+    """Values less the mean of `train`, over its standard deviation (ddof 1, + 1e-9), by column."""
+    scaled: Floats = (values - train.mean(axis=0)) / (train.std(axis=0, ddof=1) + 1e-9)
+    return scaled
 
 
 def _read(raw: Path, centre: str) -> pd.DataFrame:
