@@ -146,10 +146,7 @@ def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dic
         header = _HEADER.validate_json(text)
         arrays = load(content)
     except ValidationError as error:
-        where = "; ".join(
-            f"{'.'.join(str(p) for p in e['loc'])}: {e['type']}"
-            for e in error.errors(include_input=False)[:5]
-        )
+        where = "; ".join(_named(e["type"], e["loc"]) for e in error.errors(include_input=False)[:5])
         raise MessageError(f"a message with a wrong header ({where})", remedy=remedy) from None
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MessageError(f"not a message ({type(error).__name__})", remedy=remedy) from None
@@ -159,8 +156,14 @@ def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dic
     return header, arrays
 
 
+def _named(kind: str, place: tuple[int | str, ...]) -> str:
+    """An error in a header by its place; the name of an unknown field is the sender's, so it goes."""
+    known = place[:-1] if kind == "extra_forbidden" else place
+    return f"{'.'.join(str(p) for p in known)}: {kind}"
+
+
 def _prefixed(group: str, arrays: Arrays) -> dict[str, Array]:
-    return {f"{group}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
+    return {f"{group}/{name}": np.asarray(array, order="C") for name, array in arrays.items()}
 
 
 def _group(group: str, arrays: Arrays, allowed: set[str]) -> dict[str, Array]:
