@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,24 +32,19 @@ StudyFile = Annotated[Path, typer.Argument(help="The study's file.", show_defaul
 
 SITE_TOML = """\
 [site]
-name = "{name}"
+name = "{identity.name}"
 # Patients in the cohort, rounded down (e.g. to tens). It is public; the exact number stays private.
-public_size = {public_size}
+public_size = {identity.public_size}
 
 [data]
 # CSV or Parquet, one line a record, relative to this file.
-file = "{file}"
+file = {file}
 
 # Columns that are called otherwise, or measured in other units, than the study's dictionary says:
 # [data.columns.chol]
 # column = "CHOL_MMOL"
 # unit = "mmol/L"
 # multiply = 38.67
-
-# Whom to connect to (see `fedward-site connect`):
-# [coordinator]
-# address = "coordinator.example.org:8443"
-# certificate = "ca.crt"
 """
 
 
@@ -60,26 +56,49 @@ def init(
     data: Annotated[str, typer.Option(help="The table's file, relative to the folder.")] = "patients.csv",
     json: JsonOption = False,
 ) -> None:
-    """Make a site's folder: site.toml and its keys. What is there already is left alone."""
-    from client.settings import Identity, SiteFolder
+    """Make a site's folder with its site.toml and its secret for splitting patients."""
+    from client.settings import DataSource, Identity, SiteFolder
     from client.site import make_split_key
-    from client.supernode import create_node_key
     from common.files import validated, write_atomic
 
     with speaking(json) as speaker:
-        validated(Identity, {"name": name, "public_size": public_size}, "options", SiteError)
-        content = SITE_TOML.format(name=name, public_size=public_size, file=data.replace("\\", "/"))
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not (folder / "site.toml").exists():
+        if (folder / "site.toml").exists():
+            raise SiteError(
+                f"{folder / 'site.toml'} exists already", remedy="edit it, or take another folder"
+            )
+        identity = validated(Identity, {"name": name, "public_size": public_size}, "options", SiteError)
+        source = validated(DataSource, {"file": data}, "options", SiteError)
+        content = SITE_TOML.format(identity=identity, file=dumps(source.file))
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(folder / "site.toml", content.encode())
-        site = SiteFolder(folder)
+        except OSError as error:
+            raise SiteError(f"{folder}: {error.strerror}", remedy="take another folder") from None
+        make_split_key(SiteFolder(folder))
+        speaker.say(f"{folder / 'site.toml'}: say there what your data's columns are called.")
+        speaker.answer({"site": name, "folder": str(folder)})
+
+
+@app.command()
+def join(
+    folder: Folder,
+    address: Annotated[str, typer.Option(help="The coordinator's entrance, host:port.")],
+    certificate: Annotated[Path, typer.Option(help="The consortium's CA certificate, from the coordinator.")],
+    json: JsonOption = False,
+) -> None:
+    """Write the coordinator into site.toml and make the site's keys; send it the public one."""
+    from client.settings import join_consortium
+    from client.site import make_split_key
+    from client.supernode import create_node_key
+
+    with speaking(json) as speaker:
+        site = join_consortium(folder, address, certificate)
         make_split_key(site)
         public = site.node_key_path.with_suffix(".pub")
         if not site.node_key_path.exists():
             create_node_key(site)
-        speaker.say(f"{folder / 'site.toml'}: name your data there.")
         speaker.say(f"{public}: send this public key to the coordinator, who enrols it.")
-        speaker.answer({"site": site.name, "folder": str(folder), "public_key": str(public)})
+        speaker.answer({"site": site.name, "address": address, "public_key": str(public)})
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from common.errors import SiteError
-from common.files import Strict, load_config
+from common.files import Strict, load_config, read_bounded, validated, write_atomic
 from common.study import Finite, Name, Slug
 
 
@@ -130,3 +130,26 @@ class SiteFolder:
     @property
     def socket_path(self) -> Path:
         return self.state / "run" / "vault.sock"
+
+
+def join_consortium(root: Path, address: str, certificate: Path) -> SiteFolder:
+    """Write a coordinator into a site's folder: its CA certificate as ca.crt, its address in site.toml.
+
+    Raises:
+        SiteError: if the site has a coordinator already, or a file or the address is wrong.
+    """
+    site = SiteFolder(root)
+    path = root / "site.toml"
+    if site.file.coordinator is not None:
+        raise SiteError(f"{path}: [coordinator] is there already", remedy="edit it there")
+    wanted = validated(CoordinatorAddress, {"address": address}, "--address", SiteError)
+    authority = read_bounded(certificate, SiteError)
+    if b"-----BEGIN CERTIFICATE-----" not in authority:
+        raise SiteError(f"{certificate}: not a PEM certificate", remedy="ask the coordinator for its ca.crt")
+    table = f'\n[coordinator]\naddress = "{wanted.address}"\ncertificate = "{wanted.certificate}"\n'
+    try:
+        write_atomic(root / wanted.certificate, authority, mode=0o644)
+        write_atomic(path, read_bounded(path, SiteError) + table.encode())
+    except OSError as error:
+        raise SiteError(f"{path}: {error.strerror}", remedy="check its permissions") from None
+    return SiteFolder(root)

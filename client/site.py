@@ -63,7 +63,7 @@ def read_split_key(folder: SiteFolder) -> bytes:
     path = folder.split_key_path
     key = read_bounded(path, SiteError, limit=1024) if path.exists() else None
     if key is None:
-        raise SiteError(f"{path}: no such file", remedy="make the site's keys: fedward-site keys")
+        raise SiteError(f"{path}: no such file", remedy="make it: fedward-site init, or join")
     if path.stat().st_mode & 0o077:
         raise SiteError(f"{path}: others may read this secret", remedy=f"chmod 600 {path}")
     return key

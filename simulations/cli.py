@@ -14,7 +14,7 @@ import typer
 from common.console import JsonOption, speaking
 from common.errors import FedwardError, StudyError
 from common.explain import explain, explain_cost
-from common.files import parse_config, validated
+from common.files import parse_config, validated, write_atomic
 from common.models import parameter_count
 from common.study import Study, load_study
 from server.display import RoundsProgress, show
@@ -126,6 +126,26 @@ def check(
         speaker.answer(
             {"study": checked.name, "digest": checked.digest, "explanation": list(lines), "costs": costs}
         )
+
+
+@app.command()
+def export(
+    study: StudyName,
+    file: Annotated[Path, typer.Argument(help="What to write; it must not exist.", show_default=False)],
+    changed: Changes = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a study as the one file that coordinator and sites get (canonical JSON)."""
+    with speaking(json) as speaker:
+        wanted = find_study(study, changed or [])
+        if file.exists():
+            raise StudyError(f"{file} exists already", remedy="give another path")
+        try:
+            write_atomic(file, wanted.canonical, mode=0o644)
+        except OSError as error:
+            raise StudyError(f"{file}: {error.strerror}", remedy="give another path") from None
+        speaker.say(f"{file}: {wanted.name}, digest {wanted.digest}")
+        speaker.answer({"file": str(file), "study": wanted.name, "digest": wanted.digest})
 
 
 @app.command()

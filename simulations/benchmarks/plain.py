@@ -84,13 +84,15 @@ def _private(study: Study, training: int) -> tuple[nn.Module, LocalSteps]:
     """Opacus' per-sample gradients and its optimiser, on batches that it would draw too."""
     model = GradSampleModule(study_model(study))
     rate = min(1.0, BATCH / training)
-    noise = get_noise_multiplier(
-        target_epsilon=float(study.privacy.epsilon or 0),
-        target_delta=float(study.privacy.delta or 0),
-        sample_rate=rate,
-        steps=STEPS * study.algorithm.rounds,
-        accountant="prv",  # the default of Opacus' own engine
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its search starts where its accountant is not exact
+        noise = get_noise_multiplier(
+            target_epsilon=float(study.privacy.epsilon or 0),
+            target_delta=float(study.privacy.delta or 0),
+            sample_rate=rate,
+            steps=STEPS * study.algorithm.rounds,
+            accountant="prv",  # the default of Opacus' own engine
+        )
 
     def local_steps(site: Site) -> None:
         features, labels = site
