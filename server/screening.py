@@ -34,8 +34,10 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
     shapes = histogram_shapes(study, EXACT_BINS if header.exact else study.evaluation.bins)
     if not study.evaluates_in(asked.round):
         shapes = {}
-    if {n: a.shape for n, a in message.metrics.items()} != shapes:
-        raise MessageError("metrics of an unexpected shape", remedy="update the site's software")
+    if {n: (a.shape, a.dtype) for n, a in message.metrics.items()} != {
+        n: (s, np.dtype(np.float64)) for n, s in shapes.items()
+    }:
+        raise MessageError("metrics of an unexpected shape or type", remedy="update the site's software")
     _finite(message.metrics, "metrics")
     return message
 
