@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket as socketlib
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,14 @@ def serve(vault: Vault, socket: Path, *, allow_seeded: bool = False) -> grpc.Ser
         allow_seeded: only tests, which must reproduce a simulation, say true; no command does.
 
     Raises:
-        SiteError: if the socket's folder is open to everybody, its path is too long, or the vault's
-            noise comes from a seed.
+        SiteError: if the socket's folder is open to everybody, its path is too long, another vault
+            listens there, or the vault's noise comes from a seed.
     """
     if not vault.randomness.protective and not allow_seeded:
         raise SiteError("a deployed vault takes no seed", remedy="seeds are for simulations")
     secure_folder(socket)
+    if _answers(socket):
+        raise SiteError(f"{socket}: another vault listens there", remedy="stop it, or give another: --socket")
     server = grpc.server(ThreadPoolExecutor(max_workers=2), options=[("grpc.max_concurrent_streams", 8)])
     handler = grpc.stream_stream_rpc_method_handler(
         lambda pieces, _: _answer(vault, pieces),
@@ -69,6 +72,16 @@ def secure_folder(socket: Path) -> None:
         )
     if socket.exists() and not socket.is_socket():
         raise SiteError(f"{socket}: not a socket", remedy="give another path: --socket")
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens there. gRPC would take a living socket away without a word."""
+    with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
 
 
 def _answer(vault: Vault, pieces: Iterator[wire_pb2.Chunk]) -> Iterator[wire_pb2.Chunk]:
