@@ -1,0 +1,115 @@
+"""What a site may send: any change to an honest reply that matters is found, and nothing is quoted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import classes, study
+
+from common.errors import MessageError
+from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, ReplyHeader, encode
+from common.metrics import EXACT_BINS, histogram_shapes
+from common.models import parameter_arrays, study_model
+from common.study import Study
+from server.screening import LARGEST_WEIGHT, screened
+
+BINARY = study(evaluation={"every": 1})
+MULTI = study(data={"label": classes(3)}, objective={"task": "multi-class"}, evaluation={"every": 1})
+
+
+def asked(wanted: Study, number: int = 2) -> Job:
+    header = JobHeader(session="one", round=number, study=wanted.digest)
+    return Job(header, parameter_arrays(study_model(wanted)))
+
+
+def honest(wanted: Study, number: int = 2, **changes: Any) -> Reply:
+    job = asked(wanted, number)
+    bins = EXACT_BINS if changes.get("exact") else wanted.evaluation.bins
+    shapes = histogram_shapes(wanted, bins) if wanted.evaluates_in(number) else {}
+    header = {
+        "session": "one", "round": number, "study": wanted.digest, "site": "north", "weight": 40, **changes,
+    }  # fmt: skip
+    update = job.parameters if number <= wanted.algorithm.rounds else {}
+    return Reply(ReplyHeader(**header), update, {n: np.ones(s) for n, s in shapes.items()})
+
+
+@pytest.mark.parametrize("wanted", [BINARY, MULTI], ids=["binary", "multi"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_honest_reply_passes(wanted: Study, number: int, exact: bool) -> None:
+    reply = honest(wanted, number, exact=exact)
+    found = screened(encode(reply), asked(wanted, number), wanted)
+    assert isinstance(found, Reply)
+    assert found.header == reply.header
+
+
+def test_a_refusal_passes() -> None:
+    refusal = Refusal(RefusalHeader(site="north", code="c", message="m"))
+    assert screened(encode(refusal), asked(BINARY), BINARY) == refusal
+
+
+def test_a_job_does_not() -> None:
+    with pytest.raises(MessageError, match="a job"):
+        screened(encode(asked(BINARY)), asked(BINARY), BINARY)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"session": "two"}, {"round": 1}, {"study": "0" * 64}, {"weight": LARGEST_WEIGHT + 1}]
+)
+def test_a_header_of_something_else(changes: dict[str, Any]) -> None:
+    reply = honest(BINARY)
+    header = reply.header.model_copy(update=changes)
+    with pytest.raises(MessageError):
+        screened(encode(Reply(header, reply.update, reply.metrics)), asked(BINARY), BINARY)
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(
+    group=st.sampled_from(["update", "metrics"]),
+    kind=st.sampled_from(["drop", "add", "rename", "type", "longer", "flat", "nan", "inf", "-inf"]),
+    seed=st.integers(0, 1000),
+    wanted=st.sampled_from([BINARY, MULTI]),
+)
+def test_no_changed_array_passes(group: str, kind: str, seed: int, wanted: Study) -> None:
+    reply, random = honest(wanted), np.random.default_rng(seed)
+    groups = {"update": dict(reply.update), "metrics": dict(reply.metrics)}
+    arrays = groups[group]
+    name = sorted(arrays)[random.integers(len(arrays))]
+    array = np.array(arrays[name], copy=True)
+    if kind == "drop":
+        del arrays[name]
+    elif kind == "add":
+        arrays["hiddensecret"] = array
+    elif kind == "rename":
+        arrays["hiddensecret"] = arrays.pop(name)
+    elif kind == "type":
+        arrays[name] = array.astype(np.int64)
+    elif kind == "longer":
+        arrays[name] = np.concatenate([array, array])
+    elif kind == "flat":
+        arrays[name] = array[None]
+    else:
+        array.flat[random.integers(array.size)] = float(kind)
+        arrays[name] = array
+    with pytest.raises(MessageError) as error:
+        screened(encode(Reply(reply.header, **groups)), asked(wanted), wanted)
+    assert "hiddensecret" not in str(error.value)
+
+
+def test_metrics_that_nobody_asked_for() -> None:
+    quiet = study()
+    reply = honest(quiet, 1)
+    told = Reply(reply.header, reply.update, {"scores": np.ones((2, 20))})
+    with pytest.raises(MessageError, match="metrics"):
+        screened(encode(told), asked(quiet, 1), quiet)
+
+
+def test_an_update_after_the_last_round() -> None:
+    reply = honest(BINARY, 4)
+    told = Reply(reply.header, asked(BINARY).parameters, reply.metrics)
+    with pytest.raises(MessageError, match="update"):
+        screened(encode(told), asked(BINARY, 4), BINARY)

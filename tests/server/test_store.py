@@ -1,0 +1,114 @@
+"""The store: a round counts after its checkpoint is whole, and only then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import study
+
+from common.errors import StudyFailed
+from server import store as module
+from server.store import FINISHED, RUNNING, Settings, SiteAnswer, Store
+
+WANTED = study()
+SETTINGS = Settings(sites=4, quorum=3, deadline=1.5, exact_metrics=True, seed=7)
+ARRAYS = {"parameters/w": np.arange(6, dtype=np.float32).reshape(2, 3), "state/n": np.array([3])}
+EVENT = {"mechanism": "subsampled-gaussian", "steps": 2}
+ANSWERS = (
+    SiteAnswer("ash", "reply", weight=40, training=EVENT),
+    SiteAnswer("node 7", "silence", "no answer"),
+)
+
+
+@pytest.fixture(params=[True, False], ids=["durable", "volatile"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    made = Store(tmp_path / "store", durable=request.param)
+    made.create("one", WANTED, SETTINGS)
+    return made
+
+
+def test_a_session_comes_back(store: Store) -> None:
+    again = Store(store.root).session("one")
+    assert (again.id, again.study, again.settings, again.status) == ("one", WANTED, SETTINGS, RUNNING)
+    assert again.study.digest == WANTED.digest
+    store.mark("one", FINISHED, "well")
+    store.attach("one", "42")
+    again = store.session("one")
+    assert (again.status, again.detail, again.run) == (FINISHED, "well", "42")
+
+
+def test_ids_are_taken_once(store: Store) -> None:
+    with pytest.raises(StudyFailed, match="exists already"):
+        store.create("one", WANTED, SETTINGS)
+    with pytest.raises(StudyFailed, match="no session 'two'"):
+        store.session("two")
+    store.create("two", WANTED, SETTINGS)
+    assert [s.id for s in store.sessions()] == ["one", "two"]
+
+
+def test_a_round_comes_back(store: Store) -> None:
+    store.record("one", 1, ARRAYS, ANSWERS)
+    found = Store(store.root).rounds("one")
+    assert [(r.number, r.answers) for r in found] == [(1, ANSWERS)]
+    arrays = store.checkpoint("one", 1)
+    assert set(arrays) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        assert (arrays[name] == array).all()
+    assert store.rounds_done("one") == 1
+    assert store.rounds_done("two") == 0
+
+
+def test_a_checkpoint_without_its_row_does_not_count(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crash(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.json, "dumps", die)
+        with pytest.raises(Crash):
+            store.record("one", 1, ARRAYS, ANSWERS)
+    assert store.checkpoint_path("one", 1).exists()
+    assert store.rounds_done("one") == 0
+    store.record("one", 1, ARRAYS, ANSWERS)  # the same round again
+    assert store.rounds_done("one") == 1
+
+
+def test_no_row_without_its_checkpoint(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_atomic", full)
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            store.record("one", 1, ARRAYS, ANSWERS)
+    assert store.rounds_done("one") == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "noise"])
+def test_a_damaged_checkpoint_is_named(store: Store, damage: str) -> None:
+    store.record("one", 1, ARRAYS, ANSWERS)
+    path = store.checkpoint_path("one", 1)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else b"\xff" * 50)
+    with pytest.raises(StudyFailed, match=path.name):
+        store.checkpoint("one", 1)
+
+
+def test_a_reader_beside_a_writer_sees_whole_rounds(store: Store) -> None:
+    reader = Store(store.root)
+    for number in range(1, 6):
+        store.record("one", number, ARRAYS, ANSWERS)
+        assert [r.number for r in reader.rounds("one")] == list(range(1, number + 1))
+        reader.checkpoint("one", number)
+
+
+def test_it_is_for_the_coordinator_only(store: Store) -> None:
+    assert store.root.stat().st_mode & 0o077 == 0
