@@ -149,7 +149,6 @@ def approve(
     json: JsonOption = False,
 ) -> None:
     """Show what a study will learn, spend and leave, ask, and allow it."""
-    from client.policy import CohortPolicy, load_policy, save_policy
     from client.policy import approve as write_approval
     from client.settings import SiteFolder
     from common.privacy.plan import plan_study
@@ -163,10 +162,7 @@ def approve(
             speaker.say("You declare that this cohort is PUBLIC: exact metrics are then allowed.")
         if not yes and (json or not typer.confirm(f"Approve for {sessions} session(s)?", err=True)):
             raise Refused("not approved", remedy="answer yes, or give --yes")
-        if public_cohort:
-            policy = load_policy(site)
-            save_policy(site, policy.model_copy(update={"cohort": CohortPolicy(public=True)}))
-        approval = write_approval(site, wanted, plan, by, sessions)
+        approval = write_approval(site, wanted, plan, by, sessions, public=public_cohort)
         speaker.say(f"Approved: {approval.study} {approval.digest[:12]}, by {approval.approved_by}.")
         speaker.answer(approval.model_dump(mode="json"))
 

@@ -98,12 +98,15 @@ def approved_study(folder: SiteFolder, digest: str) -> Study:
     return study
 
 
-def approve(folder: SiteFolder, study: Study, plan: StudyPlan, by: str, sessions: int = 1) -> Approval:
+def approve(
+    folder: SiteFolder, study: Study, plan: StudyPlan, by: str, sessions: int = 1, *, public: bool = False
+) -> Approval:
     """Allow a study: its canonical form is kept at the site, its digest and budget enter policy.toml.
 
     Args:
         plan: what one session costs here.
         sessions: how many sessions the budget shall last for.
+        public: the operator declares the cohort public, with this approval or not at all.
 
     Raises:
         SiteError: if it is approved already or can't be written.
@@ -115,6 +118,8 @@ def approve(folder: SiteFolder, study: Study, plan: StudyPlan, by: str, sessions
             f"{folder.policy_path}: study {study.digest[:12]} is approved already",
             remedy="revoke it first to change its budget: fedward-site revoke",
         )
+    if public:
+        policy = policy.model_copy(update={"cohort": CohortPolicy(public=True)})
     if not study.private:
         policy.check_unprotected("a study without privacy")
     approval = Approval(
