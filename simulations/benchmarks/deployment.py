@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,12 +79,8 @@ def _deployed(work: Path, sites: int, study: bytes, rounds: int) -> Timing:
 
 
 def _join(stack: ExitStack, work: Path, folder: CoordinatorFolder, site: Path) -> None:
-    shutil.copy(folder.authority, site / "ca.crt")
-    address = f'\n[coordinator]\naddress = "127.0.0.1:{folder.file.port}"\n'
-    with (site / "site.toml").open("a") as file:
-        file.write(address)
-    size = str(PATIENTS)
-    _command("fedward-site", "init", str(site), "--name", site.name, "--public-size", size, "--json")
+    entrance = ("--address", f"127.0.0.1:{folder.file.port}", "--certificate", str(folder.authority))
+    _command("fedward-site", "join", str(site), *entrance, "--json")
     _command("fedward-site", "approve", str(site), str(work / "study.json"), "--yes", "--json")
     stack.enter_context(_running(site, "fedward-site", "serve", str(site)))
     _wait((site / "run" / "vault.sock").exists, f"the vault of {site.name}")
