@@ -27,6 +27,7 @@ from common.study import Objective
 # because `catch_warnings` is not safe among threads, and sites of a simulation are threads.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
+MAX_RECORDS = 4096  # summed in float32 at a time; pieces add up in float64, so that rounding stays small
 MAX_GRADIENT_ELEMENTS = 1 << 26  # 256 MiB of float32 per-record gradients at a time
 
 
@@ -59,6 +60,9 @@ def draw_batch(patients: Patients, plan: StepPlan, stream: Stream) -> Batch:
 
 def batch_of(patients: Patients, chosen: np.ndarray, plan: StepPlan, stream: Stream) -> Batch:
     """The batch of given patients (indices int64 [patients])."""
+    if len(patients.labels) == len(patients):  # one record each
+        records = torch.from_numpy(chosen.astype(np.int64))
+        return Batch(records, torch.arange(len(chosen)), torch.ones(len(chosen)), len(chosen))
     offsets = patients.offsets.numpy()
     counts = offsets[chosen + 1] - offsets[chosen]
     patient = np.repeat(np.arange(len(chosen)), counts)
@@ -112,7 +116,7 @@ class ClippedGradients:
         self._objective = objective
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         size = sum(p.numel() for p in self.parameters)
-        self._max_records = max(1, MAX_GRADIENT_ELEMENTS // max(1, size))
+        self._max_records = min(MAX_RECORDS, max(1, MAX_GRADIENT_ELEMENTS // max(1, size)))
 
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of min(1, C / ‖g‖) g, float32 [parameters], with ‖g‖ over all of them.
@@ -123,10 +127,10 @@ class ClippedGradients:
         Args:
             clipping_norm: C.
         """
-        total = torch.zeros(sum(p.numel() for p in self.parameters))
+        total = torch.zeros(sum(p.numel() for p in self.parameters), dtype=torch.float64)
         for piece in pieces(batch, self._max_records):
             total += self._piece(patients, piece, clipping_norm)
-        return total
+        return total.float()
 
     def _piece(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         outputs = self._module(patients.features[batch.records])

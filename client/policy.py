@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import tomli_w
@@ -72,6 +73,41 @@ class Policy(Strict):
                 f"{what} is allowed for public cohorts only, and this one is not",
                 remedy='use privacy.mode = "patient-dp" and private metrics',
             )
+
+
+class PolicyReader:
+    """Reads a site's policy and approved studies for each message, and parses them only when changed."""
+
+    def __init__(self, folder: SiteFolder) -> None:
+        self._folder = folder
+        self._policy: tuple[Signature, Policy] | None = None
+        self._study: tuple[Signature, str, Study] | None = None
+
+    def policy(self) -> Policy:
+        """As `load_policy`."""
+        now = signature(self._folder.policy_path)
+        if self._policy is None or self._policy[0] != now:
+            self._policy = now, load_policy(self._folder)
+        return self._policy[1]
+
+    def study(self, digest: str) -> Study:
+        """As `approved_study`."""
+        now = signature(self._folder.approved / f"{digest}.json")
+        if self._study is None or self._study[:2] != (now, digest):
+            self._study = now, digest, approved_study(self._folder, digest)
+        return self._study[2]
+
+
+Signature = tuple[int, int, int, int] | None
+
+
+def signature(path: Path) -> Signature:
+    """What changes when a file is replaced or written to; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def load_policy(folder: SiteFolder) -> Policy:

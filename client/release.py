@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from common.errors import FedwardError, Refused
+from common.errors import MessageError, Refused
 from common.messages import Arrays, Refusal, RefusalHeader
 from common.privacy.noise import Stream
 from common.privacy.plan import HistogramPlan
@@ -36,16 +35,12 @@ def finite(update: Arrays) -> Arrays:
 
 
 def refusal(site: str, error: Exception) -> Refusal:
-    """What the coordinator is told. Only a `Refused` has text of its own: any other error may speak of
-    files, columns or counts, and those stay at the site."""
-    if isinstance(error, Refused):
+    """What the coordinator is told. Only refusals, and words about the coordinator's own message, have a
+    text; any other error may depend on rows, so all of them look alike."""
+    if isinstance(error, Refused | MessageError):
         header = RefusalHeader(site=site, code=error.code, message=error.message, remedy=error.remedy)
     else:
-        code = error.code if isinstance(error, FedwardError) else "internal"
-        header = RefusalHeader(site=site, code=code, message=INNER_TROUBLE, remedy="ask the site's operator")
+        header = RefusalHeader(
+            site=site, code="unavailable", message=INNER_TROUBLE, remedy="ask the site's operator"
+        )
     return Refusal(header)
-
-
-def single_thread() -> None:
-    """Compute on one thread: results then don't depend on the machine's cores (sites run side by side)."""
-    torch.set_num_threads(1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from functools import partial
 
 import torch
 
 from client.cohort import load_cohort
 from client.ledger import Ledger
-from client.policy import approved_study, load_policy
+from client.policy import PolicyReader
 from client.settings import SiteFolder
 from client.vault import Holdings, Vault
 from common.errors import SiteError
@@ -43,11 +42,12 @@ def open_vault(
     """
     torch.set_num_threads(1)
     key = split_key or read_split_key(folder)
+    reader = PolicyReader(folder)
     holdings = Holdings(
         site=folder.name,
         public_size=folder.file.site.public_size,
-        policy=partial(load_policy, folder),
-        study=partial(approved_study, folder),
+        policy=reader.policy,
+        study=reader.study,
         cohort=lambda study: load_cohort(folder, study, key),
     )
     ledger = Ledger(folder.ledger_path, folder.replies, durable=durable)

@@ -5,6 +5,8 @@ A trainer stays warm between rounds: tensors, network and plan are made once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -34,15 +36,10 @@ class Trainer:
     def __init__(self, study: Study, cohort: Cohort, plan: StudyPlan) -> None:
         self.study, self.cohort, self.plan = study, cohort, plan
         self._network = study_model(study)
-        self._expected = parameter_arrays(self._network)
         self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
 
     def train(self, parameters: Arrays, sampling: Stream, noise: Stream) -> dict[str, np.ndarray]:
-        """One round from the global parameters; returns local minus global, name → float32 array.
-
-        Raises:
-            Refused: if the parameters aren't those of the study's model.
-        """
+        """One round from the global parameters; returns local minus global, name → float32 array."""
         self._load(parameters)
         optimizer = make_optimizer(self.study.training.optimizer, self._network)
         self._network.train()
@@ -98,17 +95,29 @@ class Trainer:
         return scores(self.study.objective, torch.cat(parts))
 
     def _load(self, parameters: Arrays) -> None:
-        found = {n: (a.shape, str(a.dtype)) for n, a in parameters.items()}
-        if found != {n: (a.shape, str(a.dtype)) for n, a in self._expected.items()}:
-            raise Refused(
-                "the parameters are not those of the approved study's model",
-                remedy="the coordinator must send what common.models builds from this study",
-            )
-        if not all(np.isfinite(a).all() for a in parameters.values()):
-            raise Refused("the parameters hold NaN or infinity", remedy="resume from a sound checkpoint")
         with torch.no_grad():
             for name, parameter in self._network.named_parameters():
                 parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+def refuse_other_parameters(parameters: Arrays, model: Mapping[str, tuple[int, ...]]) -> None:
+    """Check what a coordinator sent against the approved study's model, before anything is spent.
+
+    Args:
+        model: the names and shapes of the study's parameters; all are float32.
+
+    Raises:
+        Refused: if a name, shape or type is another, or a value is NaN or infinite.
+    """
+    if {n: (a.shape, str(a.dtype)) for n, a in parameters.items()} != {
+        n: (shape, "float32") for n, shape in model.items()
+    }:
+        raise Refused(
+            "the parameters are not those of the approved study's model",
+            remedy="the coordinator must send what common.models builds from this study",
+        )
+    if not all(np.isfinite(a).all() for a in parameters.values()):
+        raise Refused("the parameters hold NaN or infinity", remedy="resume from a sound checkpoint")
 
 
 def shares(patients: Patients) -> torch.Tensor:

@@ -16,10 +16,11 @@ from client.cohort import Cohort
 from client.ledger import Ledger, Reservation
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
-from client.training import Trainer
+from client.training import Trainer, refuse_other_parameters
 from common.errors import FedwardError, MessageError, Refused
 from common.messages import Arrays, Job, JobHeader, Reply, ReplyHeader, decode, encode
 from common.metrics import EXACT_BINS
+from common.models import study_model
 from common.privacy.noise import Randomness, Stream
 from common.privacy.plan import StudyPlan, plan_study
 from common.study import Study
@@ -54,6 +55,7 @@ class Vault:
     def __init__(self, holdings: Holdings, ledger: Ledger, randomness: Randomness) -> None:
         self._holdings, self._ledger, self.randomness = holdings, ledger, randomness
         self._trainers: dict[str, Trainer] = {}
+        self._models: dict[str, dict[str, tuple[int, ...]]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -84,6 +86,7 @@ class Vault:
         approval = policy.approval(header.study)
         study = self._holdings.study(header.study)
         self._check(job, study, policy, approval)
+        refuse_other_parameters(job.parameters, self._shapes(study))
         digest = hashlib.sha256(request).hexdigest()
         stored = self._ledger.stored_reply(header.session, header.round, digest)
         if stored is not None:
@@ -163,6 +166,12 @@ class Vault:
             update,
             metrics,
         )
+
+    def _shapes(self, study: Study) -> dict[str, tuple[int, ...]]:
+        if study.digest not in self._models:
+            network = study_model(study)
+            self._models = {study.digest: {n: tuple(p.shape) for n, p in network.named_parameters()}}
+        return self._models[study.digest]
 
     def _stream(self, purpose: str, header: JobHeader) -> Stream:
         return self.randomness.stream(purpose, self.site, header.study, header.round)

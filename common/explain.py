@@ -69,7 +69,7 @@ def _privacy(study: Study) -> list[str]:
             "A deployed site refuses this, unless its policy says that its cohort is public anyway.",
         ]
     return [
-        f"Privacy: (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) for each patient over the whole study, "
+        f"Privacy: (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) for each patient over a session, "
         f"whatever the others' data are; a patient's records count together.",
         f"How: a patient's gradient is clipped to norm {privacy.clipping_norm:g}; the site adds noise.",
         f"Leaves the site: {study.algorithm.rounds} noised updates and {study.evaluations} noised "

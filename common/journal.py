@@ -123,9 +123,15 @@ class Journal:
         content = self.path.read_bytes()
         torn = content[content.rfind(b"\n") + 1 :]
         if torn:
-            self.path.with_suffix(".torn").write_bytes(torn)
+            self._set_aside(torn)
             os.ftruncate(self._descriptor, len(content) - len(torn))
         return chain(content, self.path)
+
+    def _set_aside(self, torn: bytes) -> None:
+        path = self.path.with_suffix(".torn")
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(torn + b"\n")
 
     @property
     def head(self) -> str:

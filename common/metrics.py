@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from common.messages import Array, Arrays
 from common.study import Study
+
+if TYPE_CHECKING:
+    import torch
 
 EXACT_BINS = 10_000
 CALIBRATION_GROUPS = 10
@@ -55,19 +58,22 @@ def histograms(
         Binary: `scores` [2 labels, bins]. Multi-class: `confidence` [2 wrong/right, bins] of the
         predicted class, and `classes` [classes, 2 others/own, bins]. All float64.
     """
+    own, shares = labels.numpy(), weights.double().numpy()
     if study.objective.task == "binary":
-        return {"scores": _binned(scores, labels, weights, bins)}
-    predicted = scores.argmax(dim=1)
-    right = (predicted == labels).long()
-    confidence = scores.gather(1, predicted[:, None])[:, 0]
-    per_class = [_binned(scores[:, k], (labels == k).long(), weights, bins) for k in range(scores.shape[1])]
-    return {"confidence": _binned(confidence, right, weights, bins), "classes": np.stack(per_class)}
+        return {"scores": _binned(scores.numpy(), own, shares, bins)}
+    by_class = scores.numpy()
+    predicted = by_class.argmax(axis=1)
+    confidence = _binned(by_class.max(axis=1), predicted == own, shares, bins)
+    classes = [_binned(by_class[:, k], own == k, shares, bins) for k in range(by_class.shape[1])]
+    return {"confidence": confidence, "classes": np.stack(classes)}
 
 
-def _binned(scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, bins: int) -> Array:
-    index = (scores.double() * bins).long().clamp(0, bins - 1)
-    flat = torch.bincount(labels * bins + index, weights=weights.double(), minlength=2 * bins)
-    return np.asarray(flat.reshape(2, bins).numpy())
+def _binned(scores: Array, labels: Array, weights: Array, bins: int) -> Array:
+    # A score that is no number counts as 0: an error would tell that such a patient is here.
+    scaled = np.nan_to_num(scores.astype(np.float64), nan=0.0).clip(0.0, 1.0) * bins
+    index = scaled.astype(np.int64).clip(0, bins - 1)
+    flat = np.bincount(labels.astype(np.int64) * bins + index, weights=weights, minlength=2 * bins)
+    return np.asarray(flat, dtype=np.float64).reshape(2, bins)
 
 
 def histogram_shapes(study: Study, bins: int) -> dict[str, tuple[int, ...]]:

@@ -247,7 +247,7 @@ class Evaluation(Strict):
     """
 
     every: Annotated[int, Field(ge=0)] = 0
-    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 10
 
 
 class Study(Strict):

@@ -110,13 +110,15 @@ def run(
     """Run a study at the enrolled sites and show what came of it."""
     with speaking(json) as speaker:
         opened, wanted = CoordinatorFolder(folder), load_study(study)
-        wait_for = sites or len(flower.enrolled_sites(opened))
+        enrolled = flower.enrolled_sites(opened)
+        wait_for = sites or len(enrolled)
         settings = Settings(
             sites=wait_for,
             quorum=quorum or wait_for,
             deadline=deadline,
             patience=patience,
             exact_metrics=exact_metrics,
+            nodes={str(site.node_id): name for name, site in enrolled.items()},
         )
         session = sessions.begin(opened, wanted, settings)
         speaker.say(f"session {session}")

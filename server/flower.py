@@ -30,6 +30,7 @@ CONNECTION = "coordinator"
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
 ConfigValue = bool | int | float | str
 _COMMAND_SECONDS = 120
+_FRAME = dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")  # Flower draws a box round its errors
 _SHOWN_CHARACTERS = 500
 
 
@@ -170,7 +171,9 @@ def register_node(folder: CoordinatorFolder, public_key_path: Path, name: str) -
                 f"{site} is enrolled already (node {known.node_id})",
                 remedy="give the site another name, or have it make a key of its own",
             )
-    answer = _flwr(folder, "supernode", "register", str(public_key_path), CONNECTION, "--name", name)
+    answer = _flwr(
+        folder, "supernode", "register", str(public_key_path.resolve()), CONNECTION, "--name", name
+    )
     node_id = int(answer["node-id"])
     sites = EnrolledSites(sites={**enrolled, name: EnrolledSite(node_id=node_id, public_key=key)})
     write_atomic(folder.sites, sites.model_dump_json(indent=2).encode())
@@ -219,7 +222,8 @@ def _flwr(folder: CoordinatorFolder, *arguments: str) -> dict[str, Any]:
     if isinstance(answer, dict) and answer.get("success") is True:
         return answer
     reason = answer.get("error-message") if isinstance(answer, dict) else None
-    shown = " ".join(str(reason or done.stderr or done.stdout).split())[-_SHOWN_CHARACTERS:]
+    words = str(reason or done.stderr or done.stdout).translate(_FRAME).split()
+    shown = " ".join(words)[-_SHOWN_CHARACTERS:]
     raise DeploymentError(
         f"`flwr {arguments[0]}` failed: {shown or f'status {done.returncode}'}",
         remedy=f"see that `fedward-server start {folder.root}` is running, and what it prints",

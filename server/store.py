@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Settings:
         attempts: how often a round without a quorum is asked again.
         exact_metrics: ask for metrics without noise (public cohorts only).
         seed: of the initial weights; they protect nobody.
+        nodes: node id → the site enrolled with that key; a node may answer for no other. Empty in
+            simulations.
     """
 
     sites: int
@@ -57,6 +59,7 @@ class Settings:
     attempts: int = 3
     exact_metrics: bool = False
     seed: int = 0
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

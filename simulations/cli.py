@@ -22,11 +22,9 @@ from simulations.benchmarks.cli import benchmark
 from simulations.datasets import datasets as known_datasets
 from simulations.datasets import fetch as fetch_files
 from simulations.datasets import prepare as prepare_sites
-from simulations.engine import SimulationSettings, simulate
-from simulations.engine.sites import find_sites
-from simulations.reproduce import flamby_heart
-from simulations.runs import keep, new_run_folder, summary
 from simulations.studies import ready_studies, ready_study
+
+# What trains is imported by the commands that do: it takes seconds.
 
 app = typer.Typer(
     help="A researcher's side: data sets, studies, and many sites on one machine.",
@@ -116,6 +114,8 @@ def check(
         lines = explain(checked, parameter_count(checked)).lines
         sizes = {f"a site of {public_size} patients": public_size}
         if sites is not None:
+            from simulations.engine.sites import find_sites
+
             places = [place.folder() for place in find_sites(sites, sites)]
             sizes = {folder.name: folder.file.site.public_size for folder in places}
         costs = {name: explain_cost(checked, size) for name, size in sizes.items()}
@@ -167,6 +167,9 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Run a study over a folder of sites and show what came of it."""
+    from simulations.engine import SimulationSettings, simulate
+    from simulations.runs import keep, new_run_folder, summary
+
     with speaking(json) as speaker:
         wanted = find_study(study, changed or [])
         if repeat > 1 and seed is None:
@@ -208,6 +211,8 @@ def reproduce(
     json: JsonOption = False,
 ) -> None:
     """Run a published experiment again and compare. Exits with 1 if it comes out otherwise."""
+    from simulations.reproduce import flamby_heart
+
     with speaking(json) as speaker, tempfile.TemporaryDirectory(prefix="fedward-") as work:
         found = flamby_heart(Path(work), mirror)
         rows = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from opacus.validators import ModuleValidator
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from torch import nn
 
@@ -110,6 +109,8 @@ def refuse_unsafe(network: nn.Module, name: str) -> None:
     Raises:
         StudyError: naming the first layer that Opacus's validator refuses, or the first buffer.
     """
+    from opacus.validators import ModuleValidator  # takes seconds to import
+
     errors = ModuleValidator.validate(network, strict=False)
     if errors:
         raise StudyError(

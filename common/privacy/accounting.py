@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
@@ -48,6 +47,8 @@ def _epsilon(steps: tuple[tuple[tuple[float, float], int], ...], delta: float) -
         return 0.0
     if all(rate == 1 for (_, rate), _ in steps):
         return gaussian_epsilon(math.sqrt(sum(n / sigma**2 for (sigma, _), n in steps)), delta)
+    from opacus.accountants import PRVAccountant  # takes seconds to import, and many commands do without
+
     accountant = PRVAccountant()
     accountant.history = [(sigma, rate, n) for (sigma, rate), n in steps]
     try:
@@ -97,7 +98,7 @@ def calibrate(target: float, delta: float, sample_rate: float, steps: int) -> fl
         mu = brentq(lambda m: gaussian_delta(m, target) - delta, 1e-9, 1e3)
         sigma = math.sqrt(steps) / float(mu)
     else:
-        low, high = _bracket(excess)
+        low, high = _bracket(excess, target, delta, sample_rate, steps)
         if excess(high) > 0:
             raise StudyError(
                 f"no noise multiplier up to {NOISE_RANGE[1]:.0f} gives ε = {target} at δ = {delta}",
@@ -112,17 +113,27 @@ def calibrate(target: float, delta: float, sample_rate: float, steps: int) -> fl
     raise StudyError(f"no noise found for ε = {target}", remedy="choose another epsilon")
 
 
-def _bracket(excess: Callable[[float], float]) -> tuple[float, float]:
-    """Walk from σ = 1, so that the slow region of small σ is visited only when needed."""
+def _bracket(
+    excess: Callable[[float], float], target: float, delta: float, sample_rate: float, steps: int
+) -> tuple[float, float]:
+    """Around the central-limit estimate of the answer, because the accountant is slow.
+
+    Many sampled Gaussian steps act like one Gaussian mechanism with
+    μ = q √(T (exp(1/σ²) - 1)) (Bu, Dong, Long, Su 2020, "Deep learning with Gaussian differential
+    privacy", corollary 4); solved for σ.
+    """
     lowest, highest = NOISE_RANGE
-    sigma = 1.0
-    if excess(sigma) > 0:
-        while sigma < highest and excess(sigma) > 0:
-            sigma *= 2
-        return sigma / 2, sigma
-    while sigma > lowest and excess(sigma) <= 0:
-        sigma /= 2
-    return max(sigma, lowest), 2 * sigma
+    mu = float(brentq(lambda m: gaussian_delta(m, target) - delta, 1e-9, 1e3))
+    guess = min(highest, max(lowest, 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))))
+    low = high = guess
+    width = 0.02
+    if excess(guess) > 0:
+        while high < highest and excess(high) > 0:
+            low, high, width = high, min(highest, high * (1 + width)), 2 * width
+        return low, high
+    while low > lowest and excess(low) <= 0:
+        low, high, width = max(lowest, low / (1 + width)), low, 2 * width
+    return low, high
 
 
 def _rounded_up(value: float) -> float:

@@ -10,10 +10,7 @@ from typing import Annotated
 import typer
 
 from common.console import JsonOption, speaking
-from simulations.benchmarks.deployment import compare_deployment
-from simulations.benchmarks.loop import compare_loop
 from simulations.benchmarks.measure import HEADER, Comparison
-from simulations.benchmarks.sites import SITES, compare_sites
 
 
 class Benchmark(StrEnum):
@@ -34,10 +31,14 @@ def benchmark(
     ] = False,
     rounds: Annotated[int, typer.Option(help="Training rounds of a run.", min=2)] = 50,
     repeats: Annotated[int, typer.Option(help="Runs that a median is taken of.", min=1)] = 5,
-    most_sites: Annotated[int, typer.Option(help="Where `sites` ends.", min=4)] = SITES[-1],
+    most_sites: Annotated[int, typer.Option(help="Where `sites` ends.", min=4)] = 256,
     json: JsonOption = False,
 ) -> None:
     """Measure: against a plain training loop, as sites grow, and in a real deployment on loopback."""
+    from simulations.benchmarks.deployment import compare_deployment
+    from simulations.benchmarks.loop import compare_loop
+    from simulations.benchmarks.sites import SITES, compare_sites
+
     with speaking(json) as speaker, tempfile.TemporaryDirectory(prefix="fedward-") as temporary:
         work = Path(temporary)
         found: list[Comparison] = []

@@ -124,5 +124,6 @@ def _watched(work: Callable[[], None], simulation: Simulation, watch: Callable[[
     while thread.is_alive():
         thread.join(PROGRESS_PAUSE)
         watch(simulation.store.rounds_done(simulation.session))
+    watch(simulation.store.rounds_done(simulation.session))
     if failure:
         raise failure[0]

@@ -94,7 +94,7 @@ def test_a_policy_that_cannot_be_read_allows_nothing(vault: Vault, folder: SiteF
     whole = folder.policy_path.read_text()
     for broken in ("[[approved", whole + "\nextra = 1\n", whole.replace("epsilon = ", "epsilon = -"), "\xff"):
         folder.policy_path.write_text(broken)
-        assert refused(vault, job()) == "site-invalid"
+        assert refused(vault, job()) == "unavailable"
     assert spent(folder) == 0
     folder.policy_path.unlink()
     assert refused(vault, job()) == "not-approved"
@@ -113,11 +113,11 @@ def test_the_approved_copy_was_changed(vault: Vault, folder: SiteFolder) -> None
     allow(folder, WANTED)
     path = folder.approved / f"{WANTED.digest}.json"
     path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
-    assert refused(vault, job()) == "site-invalid"
+    assert refused(vault, job()) == "unavailable"
     path.write_bytes(b"{")
     assert refused(vault, job()) == "study-invalid"
     path.unlink()
-    assert refused(vault, job()) == "site-invalid"
+    assert refused(vault, job()) == "unavailable"
     assert spent(folder) == 0
 
 
@@ -288,7 +288,7 @@ def test_an_unforeseen_error_says_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "draw_batch", failing)
-        assert refused(vault, job()) == "internal"
+        assert refused(vault, job()) == "unavailable"
     assert SECRETS[1] not in caplog.text
     assert SECRETS[2] not in caplog.text
     answered(vault, job())
@@ -312,7 +312,7 @@ def test_a_failure_in_the_middle_leaves_nothing_in_the_warm_model(
 
     with monkeypatch.context() as patched:
         patched.setattr("client.dpsgd.ClippedGradients._per_patient", failing)
-        assert refused(vault, job()) == "internal"
+        assert refused(vault, job()) == "unavailable"
     found = answered(vault, job(number=2)).update
     assert all((found[n] == expected[n]).all() for n in expected)
     vault.close()

@@ -68,7 +68,7 @@ def test_every_torn_last_line_is_set_aside(tmp_path: Path) -> None:
         book.close()
         assert len(read_journal(path)) == 5
         if length:
-            assert path.with_suffix(".torn").read_bytes() == lines[-1][:length]
+            assert path.with_suffix(".torn").read_bytes() == lines[-1][:length] + b"\n"
 
 
 def test_any_changed_byte_is_found(tmp_path: Path) -> None:
