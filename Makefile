@@ -16,8 +16,10 @@ demo: $(READY)
 	$(BIN)/fedward-sim datasets fetch breast-cancer
 	$(BIN)/fedward-sim run breast-cancer --sites sites/breast-cancer --exact-metrics --seed 1 --repeat 5
 
+# Servers of the deployment tests want the machine for themselves; the others share it.
 test: $(READY) tools lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not deployment and not namespace"
+	$(BIN)/python -m pytest -m "deployment or namespace"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def test_the_approved_copy_was_changed(vault: Vault, folder: SiteFolder) -> None
     path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
     assert refused(vault, job()) == "unavailable"
     path.write_bytes(b"{")
-    assert refused(vault, job()) == "study-invalid"
+    assert refused(vault, job()) == "unavailable"
     path.unlink()
     assert refused(vault, job()) == "unavailable"
     assert spent(folder) == 0
