@@ -11,7 +11,6 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from common.errors import SiteError
 from common.files import write_atomic
 from common.study import Study
 from server.coordinator import PARAMETERS, part
@@ -30,17 +29,8 @@ class Run:
 
 
 def new_run_folder(out: Path, study: Study) -> Path:
-    """A new folder for runs of a study, named by the time.
-
-    Raises:
-        SiteError: if it can't be made.
-    """
-    folder = out / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise SiteError(f"{folder}: {error.strerror}", remedy="give another folder: --out") from None
-    return folder
+    """Where runs of a study go that begin now; it is made once sites and study are known to be sound."""
+    return out / f"{study.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def keep(simulation: Simulation) -> Run:

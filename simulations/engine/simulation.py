@@ -11,6 +11,7 @@ from flwr.app import Context, RecordDict
 
 from client import door
 from client.app import app as client_app
+from common.errors import SiteError
 from common.study import Study
 from server.app import app as server_app
 from server.sessions import new_session_id
@@ -56,6 +57,10 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
         SiteError, StudyError: if a site or the study is wrong.
     """
     places = find_sites(sites, run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SiteError(f"{run}: {error.strerror}", remedy="give another folder: --out") from None
     for place in places:
         admit(place, study, public=settings.exact_metrics)
     store = Store(run / "store", durable=False)
