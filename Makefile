@@ -29,7 +29,7 @@ lint: $(READY)
 
 # What the deployment tests need from the system: nginx (Debian's package).
 tools:
-	command -v nginx > /dev/null || (apt-get update -qq && apt-get install -y -qq nginx-light)
+	PATH=$$PATH:/usr/sbin command -v nginx > /dev/null || (apt-get update -qq && apt-get install -y -qq nginx-light)
 
 clean:
 	rm -rf runs sites .pytest_cache .mypy_cache .ruff_cache

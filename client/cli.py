@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from json import dumps
 from pathlib import Path
@@ -159,7 +160,7 @@ def approve(
         plan = plan_study(wanted, site.file.site.public_size)
         _explain(speaker, site, wanted)
         if public_cohort:
-            speaker.say("You declare that this cohort is PUBLIC: exact metrics are then allowed.")
+            speaker.say("You declare that these records are PUBLIC: this study may ask for exact metrics.")
         if not yes and (json or not typer.confirm(f"Approve for {sessions} session(s)?", err=True)):
             raise Refused("not approved", remedy="answer yes, or give --yes")
         approval = write_approval(site, wanted, plan, by, sessions, public=public_cohort)
@@ -239,22 +240,32 @@ def serve(
             signal.signal(number, lambda *_: stop.set())
         server = listen(vault, path)
         speaker.say(f"The vault of {site.name} listens on {path}.")
+        speaker.answer({"site": site.name, "listening": str(path)})
+        sys.stdout.flush()  # whoever waits for this line may read a pipe
         stop.wait()
         server.stop(grace=30).wait()
         vault.close()
-        speaker.answer({"site": site.name, "stopped": True})
 
 
 @app.command()
-def connect(folder: Folder, json: JsonOption = False) -> None:
+def connect(
+    folder: Folder,
+    cold: Annotated[bool, typer.Option("--cold", help="Start a new process for every message.")] = False,
+    json: JsonOption = False,
+) -> None:
     """Run the SuperNode that carries messages between the coordinator and the vault (needs no data)."""
     from client.settings import SiteFolder
     from client.supernode import connect as run_supernode
 
     with speaking(json) as speaker:
         site = SiteFolder(folder)
-        speaker.say(f"{site.name}: connecting.")
-        run_supernode(site)
+
+        def announce() -> None:
+            speaker.say(f"{site.name}: started; the coordinator sees whether it is online.")
+            speaker.answer({"site": site.name, "started": True})
+            sys.stdout.flush()
+
+        run_supernode(site, announce, warm=not cold)
 
 
 def _explain(speaker: Speaker, site: SiteFolder, study: Study) -> None:

@@ -218,7 +218,7 @@ class Ledger:
         if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
             raise BudgetExhausted(
                 f"{before.sessions} sessions of this study leave too little of the approved budget",
-                remedy="the site's privacy officer may approve more: fedward-site approve",
+                remedy="its privacy officer may grant more: fedward-site revoke, then approve --sessions N",
             )
 
     def commit(self, reservation: Reservation, reply: bytes) -> None:

@@ -22,7 +22,8 @@ class Approval(Strict):
 
     Attributes:
         epsilon, delta: the most that all sessions of this study together may spend per patient.
-        unprotected: the study runs without privacy; possible for public cohorts only.
+        public: the records that this study uses are published anyway, so exact metrics, and training
+            without privacy, harm nobody. Never true for a hospital's own patients.
         approved_by: the role that answered for it.
     """
 
@@ -30,24 +31,24 @@ class Approval(Strict):
     digest: Digest
     epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    unprotected: bool = False
+    public: bool = False
     approved_by: str
     approved_at: str
 
-
-class CohortPolicy(Strict):
-    """Attributes:
-    public: the cohort's records are published anyway, so exact metrics and studies without
-        privacy harm nobody. Never true for a hospital's own patients.
-    """
-
-    public: bool = False
+    def refuse_unprotected(self, what: str) -> None:
+        """Raises:
+        Refused: unless the study's records are public anyway.
+        """
+        if not self.public:
+            raise Refused(
+                f"{what} is allowed on public cohorts only, and this one is not",
+                remedy='use privacy.mode = "patient-dp" and private metrics',
+            )
 
 
 class Policy(Strict):
     """The content of policy.toml."""
 
-    cohort: CohortPolicy = CohortPolicy()
     approved: tuple[Approval, ...] = ()
 
     def approval(self, digest: str) -> Approval:
@@ -61,18 +62,8 @@ class Policy(Strict):
                 return approval
         raise NotApproved(
             f"study {digest[:12]} is not approved at this site",
-            remedy="its operator approves studies: fedward-site approve STUDY",
+            remedy="its operator approves studies: fedward-site approve FOLDER STUDY",
         )
-
-    def check_unprotected(self, what: str) -> None:
-        """Raises:
-        Refused: unless the cohort is public anyway.
-        """
-        if not self.cohort.public:
-            raise Refused(
-                f"{what} is allowed for public cohorts only, and this one is not",
-                remedy='use privacy.mode = "patient-dp" and private metrics',
-            )
 
 
 class PolicyReader:
@@ -142,7 +133,7 @@ def approve(
     Args:
         plan: what one session costs here.
         sessions: how many sessions the budget shall last for.
-        public: the operator declares the cohort public, with this approval or not at all.
+        public: the operator declares that the records which this study uses are published anyway.
 
     Raises:
         SiteError: if it is approved already or can't be written.
@@ -154,19 +145,17 @@ def approve(
             f"{folder.policy_path}: study {study.digest[:12]} is approved already",
             remedy="revoke it first to change its budget: fedward-site revoke",
         )
-    if public:
-        policy = policy.model_copy(update={"cohort": CohortPolicy(public=True)})
-    if not study.private:
-        policy.check_unprotected("a study without privacy")
     approval = Approval(
         study=study.name,
         digest=study.digest,
         epsilon=(study.privacy.epsilon or 0.0) * sessions if plan.private else None,
         delta=plan.delta * sessions if plan.private else None,
-        unprotected=not plan.private,
+        public=public,
         approved_by=by,
         approved_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    if not study.private:
+        approval.refuse_unprotected("a study without privacy")
     try:
         folder.approved.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(folder.approved / f"{study.digest}.json", study.canonical)

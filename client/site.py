@@ -9,7 +9,7 @@ import torch
 
 from client.cohort import load_cohort
 from client.ledger import Ledger
-from client.policy import PolicyReader
+from client.policy import PolicyReader, signature
 from client.settings import SiteFolder
 from client.vault import Holdings, Vault
 from common.errors import SiteError
@@ -49,6 +49,7 @@ def open_vault(
         policy=reader.policy,
         study=reader.study,
         cohort=lambda study: load_cohort(folder, study, key),
+        version=lambda: signature(folder.data_path),
     )
     ledger = Ledger(folder.ledger_path, folder.replies, durable=durable)
     return Vault(holdings, ledger, randomness or OperatingSystem())

@@ -36,6 +36,7 @@ class Holdings:
         policy: the policy as it stands on disk now.
         study: digest → the approved study.
         cohort: study → its data, grouped by patient.
+        version: changes when the data behind `cohort` changes.
     """
 
     site: str
@@ -43,6 +44,7 @@ class Holdings:
     policy: Callable[[], Policy]
     study: Callable[[str], Study]
     cohort: Callable[[Study], Cohort]
+    version: Callable[[], object] = lambda: None
 
 
 class Vault:
@@ -54,7 +56,7 @@ class Vault:
 
     def __init__(self, holdings: Holdings, ledger: Ledger, randomness: Randomness) -> None:
         self._holdings, self._ledger, self.randomness = holdings, ledger, randomness
-        self._trainers: dict[str, Trainer] = {}
+        self._trainers: dict[tuple[str, object], Trainer] = {}
         self._models: dict[str, dict[str, tuple[int, ...]]] = {}
         self._lock = threading.Lock()
 
@@ -82,10 +84,9 @@ class Vault:
         if not isinstance(job, Job):
             raise MessageError("a vault takes jobs only", remedy="the coordinator must send a job")
         header = job.header
-        policy = self._holdings.policy()
-        approval = policy.approval(header.study)
+        approval = self._holdings.policy().approval(header.study)
         study = self._holdings.study(header.study)
-        self._check(job, study, policy, approval)
+        self._check(job, study, approval)
         refuse_other_parameters(job.parameters, self._shapes(study))
         digest = hashlib.sha256(request).hexdigest()
         stored = self._ledger.stored_reply(header.session, header.round, digest)
@@ -110,7 +111,7 @@ class Vault:
             self._trainers.clear()  # it may hold gradients of the patients it was at
             raise
 
-    def _check(self, job: Job, study: Study, policy: Policy, approval: Approval) -> None:
+    def _check(self, job: Job, study: Study, approval: Approval) -> None:
         header = job.header
         if header.round > study.algorithm.rounds + 1:
             raise Refused(
@@ -118,11 +119,9 @@ class Vault:
                 remedy="start a new session",
             )
         if header.metrics == "exact":
-            policy.check_unprotected("an exact metric")
+            approval.refuse_unprotected("an exact metric")
         if not study.private:
-            policy.check_unprotected("a study without privacy")
-            if not approval.unprotected:
-                raise Refused("the approval is for a protected study", remedy="approve the study again")
+            approval.refuse_unprotected("a study without privacy")
 
     def _reservation(self, job: Job, study: Study, plan: StudyPlan, request: str) -> Reservation:
         header = job.header
@@ -177,10 +176,11 @@ class Vault:
         return self.randomness.stream(purpose, self.site, header.study, header.round)
 
     def _trainer(self, study: Study, plan: StudyPlan) -> Trainer:
-        trainer = self._trainers.get(study.digest)
+        key = study.digest, self._holdings.version()
+        trainer = self._trainers.get(key)
         if trainer is None:
             self._trainers.clear()  # one warm study at a time bounds memory
-            trainer = self._trainers[study.digest] = Trainer(study, self._holdings.cohort(study), plan)
+            trainer = self._trainers[key] = Trainer(study, self._holdings.cohort(study), plan)
         return trainer
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 Starting `flwr-clientapp` costs about 1.5 s of processor time for imports alone; a fork costs none. It asks
 SuperNode for ClientApp tasks only, and starts no command at all. It leans on Flower's internals, so a
-release that differs is refused, and `connect(..., warm=False)` goes without it.
+release that differs is refused, and `fedward-site connect --cold` goes without it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from client.launcher import pin
 from common.errors import DeploymentError
+
+MOST_CHILDREN = 4
 
 
 class ForkingExecutor:
@@ -38,7 +41,11 @@ class ForkingExecutor:
         return {self._task_type} & supported, set()
 
     def wait_for_capacity(self, task_type: object = None, **options: object) -> None:
-        """There is always room."""
+        """Wait until fewer than `MOST_CHILDREN` are at work: a coordinator may send as it likes."""
+        self.reconcile()
+        while len(self._children) >= MOST_CHILDREN:
+            time.sleep(0.05)
+            self.reconcile()
 
     def launch(self, spec: Any) -> Any:
         """Fork; the child answers one message and ends.
@@ -117,7 +124,7 @@ def main() -> None:
     pin(run_clientapp)
     if not callable(getattr(run_superexec, "get_executor", None)):
         raise DeploymentError(
-            "this release of flwr chooses its executor otherwise", remedy="connect without the warm start"
+            "this release of flwr chooses its executor otherwise", remedy="fedward-site connect --cold"
         )
     executor = ForkingExecutor(
         run_clientapp, TaskType.CLIENT_APP, LaunchResult.accepted, registered_exit_handlers

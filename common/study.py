@@ -304,7 +304,7 @@ class Study(Strict):
 
     def public_training_size(self, public_size: int) -> int:
         """Training patients that the site's public size stands for, at least 1."""
-        return max(1, math.floor(public_size * (1 - self.data.split.test_fraction)))
+        return max(1, math.floor(public_size * (1 - self.data.split.test_fraction) + 1e-9))
 
 
 def parse_study(content: bytes, origin: str) -> Study:

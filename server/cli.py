@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from common.console import JsonOption, Speaker, speaking
+from common.errors import DeploymentError
 from common.study import load_study
 from server import flower, sessions, superlink
 from server.display import RoundsProgress, show
@@ -97,8 +98,10 @@ def sites(folder: Folder, json: JsonOption = False) -> None:
 def run(
     folder: Folder,
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's file.")],
-    sites: Annotated[int | None, typer.Option(help="Wait for so many sites; all enrolled if absent.")] = None,
-    quorum: Annotated[int | None, typer.Option(help="A round counts with so many; SITES if absent.")] = None,
+    sites: Annotated[
+        int | None, typer.Option(help="Wait for so many; all enrolled if absent.", min=1)
+    ] = None,
+    quorum: Annotated[int | None, typer.Option(help="So many make a round; SITES if absent.", min=1)] = None,
     deadline: Annotated[float, typer.Option(help="Seconds that a site has for a round.", min=1)] = 600.0,
     patience: Annotated[float, typer.Option(help="Seconds to wait for sites.", min=1)] = 600.0,
     exact_metrics: Annotated[
@@ -112,6 +115,11 @@ def run(
         opened, wanted = CoordinatorFolder(folder), load_study(study)
         enrolled = flower.enrolled_sites(opened)
         wait_for = sites or len(enrolled)
+        if not 1 <= (quorum or wait_for) <= wait_for <= len(enrolled):
+            raise DeploymentError(
+                f"{len(enrolled)} sites are enrolled: --sites {wait_for} and --quorum {quorum or wait_for}",
+                remedy="enrol sites first (fedward-server enrol); quorum ≤ sites ≤ enrolled sites",
+            )
         settings = Settings(
             sites=wait_for,
             quorum=quorum or wait_for,

@@ -129,13 +129,13 @@ class _Rounds:
         reasons = "; ".join(f"{a.site}: {a.detail}" for a in answers if a.outcome != "reply")
         raise StudyFailed(
             f"round {job.header.round}: fewer than {self._settings.quorum} sites answered ({reasons[:1500]})",
-            remedy=f"mend that, then: fedward-server resume {self._session.id}",
+            remedy=f"mend that, then: fedward-server resume FOLDER {self._session.id}",
         )
 
     def _collect(self, job: Job, content: bytes) -> tuple[list[Reply], list[SiteAnswer]]:
         replies: dict[str, Reply] = {}
         answers: list[SiteAnswer] = []
-        requests = dict.fromkeys(self._port.nodes(), content)
+        requests = dict.fromkeys(self._nodes(), content)
         for delivery in self._port.exchange(requests, self._settings.deadline):
             reply, answer = self._read(delivery, job)
             if reply is not None and answer.site in replies:
@@ -159,7 +159,7 @@ class _Rounds:
             return None, SiteAnswer(enrolled or node, "malformed", "the node answers for another site")
         if isinstance(message, Refusal):
             header = message.header
-            return None, SiteAnswer(header.site, "refusal", f"{header.code}: {header.message}")
+            return None, SiteAnswer(header.site, "refusal", _printable(f"{header.code}: {header.message}"))
         told = message.header
         return message, SiteAnswer(
             site=told.site,
@@ -170,18 +170,28 @@ class _Rounds:
             exact=told.exact,
         )
 
+    def _nodes(self) -> list[int]:
+        """Who is online of those that belong to the session; others would spend budget for nothing."""
+        enrolled = self._settings.nodes
+        return [node for node in self._port.nodes() if not enrolled or str(node) in enrolled]
+
     def _wait_for_sites(self, wanted: int) -> None:
         """Until `wanted` sites are online; once patience is over, a quorum will do."""
         end = time.monotonic() + self._settings.patience
-        while (online := len(self._port.nodes())) < wanted:
+        while (online := len(self._nodes())) < wanted:
             if time.monotonic() > end:
                 if online >= self._settings.quorum:
                     return
                 raise StudyFailed(
                     f"{online} of {wanted} sites online after {self._settings.patience:.0f} s",
-                    remedy="see who is missing: fedward-server sites",
+                    remedy="see who is missing: fedward-server sites FOLDER",
                 )
             time.sleep(PAUSE)
+
+
+def _printable(text: str) -> str:
+    """A site's words without control characters, which could play tricks on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def joined(groups: Mapping[str, Arrays]) -> Arrays:

@@ -17,7 +17,8 @@ from server.store import Round, Session, Store
 class SiteReport:
     """Attributes:
     rounds: that the site answered.
-    epsilon: spent per patient, recomputed from the events that the site sent; None without privacy.
+    epsilon: per patient, recomputed from the events of the replies that came in time; None without
+        privacy. A reply that came too late has cost as much: the site's own ledger counts it.
     measured: the final model on the site's test patients; None if it didn't say.
     """
 
@@ -55,7 +56,7 @@ def report(store: Store, session: Session) -> SessionReport:
     study = session.study
     by_site = _evaluated(store, session, rounds)
     names = sorted({a.site for r in rounds for a in r.answers if a.outcome == "reply"})
-    last = rounds[-1].answers if rounds else ()
+    evaluated = [r for r in rounds if study.evaluates_in(r.number)]
     return SessionReport(
         session=session.id,
         study=study.name,
@@ -64,7 +65,7 @@ def report(store: Store, session: Session) -> SessionReport:
         detail=session.detail,
         rounds=min(len(rounds), study.algorithm.rounds),
         delta=study.privacy.delta,
-        exact=any(a.exact for a in last),
+        exact=bool(evaluated) and any(a.exact for a in evaluated[-1].answers),
         sites=tuple(
             SiteReport(
                 site=name,

@@ -31,9 +31,14 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
         raise MessageError(f"a weight of {header.weight}", remedy="check the site's public size")
     trains = asked.round <= study.algorithm.rounds
     _same_arrays(message.update, job.parameters if trains else {}, "update")
-    shapes = histogram_shapes(study, EXACT_BINS if header.exact else study.evaluation.bins)
-    if not study.evaluates_in(asked.round):
-        shapes = {}
+    evaluates = study.evaluates_in(asked.round)
+    exact = asked.metrics == "exact" or not study.private
+    if header.exact != (evaluates and exact):
+        raise MessageError("metrics with other noise than was asked for", remedy="update the site's software")
+    costs = (study.private and trains, study.private and evaluates and not exact)
+    if (header.training is not None, header.evaluation is not None) != costs:
+        raise MessageError("a reply that hides what it cost", remedy="update the site's software")
+    shapes = histogram_shapes(study, EXACT_BINS if exact else study.evaluation.bins) if evaluates else {}
     if {n: (a.shape, a.dtype) for n, a in message.metrics.items()} != {
         n: (s, np.dtype(np.float64)) for n, s in shapes.items()
     }:

@@ -45,7 +45,7 @@ class Settings:
         quorum: a round counts if at least so many answered.
         deadline: seconds that a site has for a round.
         patience: seconds to wait for `sites` (and for a quorum) before giving up.
-        attempts: how often a round without a quorum is asked again.
+        attempts: how often a round is asked in all, until it has a quorum.
         exact_metrics: ask for metrics without noise (public cohorts only).
         seed: of the initial weights; they protect nobody.
         nodes: node id → the site enrolled with that key; a node may answer for no other. Empty in
@@ -154,7 +154,7 @@ class Store:
             ).fetchone()
         if row is None:
             raise StudyFailed(
-                f"{self.root}: no session {session!r}", remedy="list them: fedward-server status"
+                f"{self.root}: no session {session!r}", remedy="list them: fedward-server status FOLDER"
             )
         study = parse_study(row[1].encode(), f"session {session}")
         return Session(row[0], study, Settings(**json.loads(row[2])), row[3], row[4], row[5], row[6])

@@ -157,7 +157,7 @@ def run(
         Engine.in_process
     ),
     seed: Annotated[int | None, typer.Option(help="Repeatable run; else the system's noise.")] = None,
-    repeat: Annotated[int, typer.Option(help="Runs with seeds SEED, SEED+1, …, and their mean.")] = 1,
+    repeat: Annotated[int, typer.Option(help="Runs with seeds SEED, SEED+1, …, and their mean.", min=1)] = 1,
     workers: Annotated[int, typer.Option(help="Sites that work at the same time.", min=1)] = 2,
     memory: Annotated[float, typer.Option(help="GiB that warm sites may take together.", min=0.01)] = 4.0,
     exact_metrics: Annotated[

@@ -11,7 +11,7 @@ import tomli_w
 import torch
 
 from client.cohort import Patients
-from client.policy import CohortPolicy, Policy, approve, save_policy
+from client.policy import approve
 from client.settings import SiteFolder
 from client.site import make_split_key
 from common.errors import StudyError
@@ -122,9 +122,8 @@ def make_site(root: Path, name: str = "north", public_size: int = 50, count: int
 
 def allow(folder: SiteFolder, wanted: Study, sessions: int = 1, public: bool = False) -> None:
     """Play the site's operator."""
-    if public:
-        save_policy(folder, Policy(cohort=CohortPolicy(public=True)))
-    approve(folder, wanted, plan_study(wanted, folder.file.site.public_size), "officer", sessions)
+    plan = plan_study(wanted, folder.file.site.public_size)
+    approve(folder, wanted, plan, "officer", sessions, public=public)
 
 
 def toml(wanted: Study, path: Path) -> Path:

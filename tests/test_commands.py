@@ -13,7 +13,6 @@ from typing import Any
 import click
 import pytest
 import typer
-from conftest import PROJECT
 from small import allow, make_site, study, toml
 from typer.testing import CliRunner
 
@@ -24,6 +23,7 @@ from common.messages import Job, JobHeader, encode
 from common.models import parameter_arrays, study_model
 
 COMMANDS = {"fedward-site": "client.cli", "fedward-sim": "simulations.cli"}
+PROJECT = Path(__file__).resolve().parents[1]
 WANTED = study()
 
 
@@ -138,7 +138,7 @@ def test_approving_asks_first(site: SiteFolder, file: Path) -> None:
 def test_an_approval_that_fails_declares_nothing_public(site: SiteFolder, file: Path) -> None:
     allow(site, WANTED)
     run("fedward-site", "approve", site.root, file, "--yes", "--public-cohort", expect=3)
-    assert not load_policy(site).cohort.public
+    assert not any(a.public for a in load_policy(site).approved)
 
 
 def test_approving_twice_is_refused(site: SiteFolder, file: Path) -> None:
@@ -151,7 +151,7 @@ def test_approving_twice_is_refused(site: SiteFolder, file: Path) -> None:
 def test_a_study_without_privacy_needs_a_public_cohort(site: SiteFolder, tmp_path: Path) -> None:
     bare = toml(study(privacy={"mode": "none"}), tmp_path / "bare.json")
     assert run("fedward-site", "approve", site.root, bare, "--yes", expect=6)["error"] == "refused"
-    assert run("fedward-site", "approve", site.root, bare, "--yes", "--public-cohort")["unprotected"]
+    assert run("fedward-site", "approve", site.root, bare, "--yes", "--public-cohort")["public"]
 
 
 def test_revoking_needs_a_digest_that_is_there(site: SiteFolder, file: Path) -> None:

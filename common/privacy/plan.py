@@ -105,7 +105,7 @@ def plan_study(study: Study, public_size: int) -> StudyPlan:
     size = study.public_training_size(public_size)
     training, privacy = study.training, study.privacy
     rate = training.sample_rate or min(1.0, (training.patients_per_step or size) / size)
-    steps = training.local_steps or (training.local_epochs or 1) * math.ceil(1 / rate)
+    steps = training.local_steps or (training.local_epochs or 1) * math.ceil(1 / rate - 1e-9)
     step_noise = histogram_noise = 0.0
     if privacy.epsilon is not None and privacy.delta is not None:
         step_noise = calibrate(privacy.epsilon, privacy.delta, rate, steps * study.algorithm.rounds)

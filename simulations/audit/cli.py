@@ -51,6 +51,8 @@ def recompute(
         ]
         header = ["site", "patients", "ε promised", "ε (fedward)", "ε (Google PLD)", "holds"]
         speaker.table(f"{chosen.id}, δ = {chosen.study.privacy.delta:g}", header, rows)
+        if any(a.exact for r in opened.rounds(chosen.id) for a in r.answers):
+            speaker.say("Metrics were exact, on records declared public: test patients have no promise.")
         speaker.say("Trusted, not proven: that each site added the noise that its events say.")
         speaker.answer({"session": chosen.id, "opinions": [{**asdict(o), "sound": o.sound} for o in found]})
         if not found or not all(o.sound for o in found):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.door import Answer
-from client.policy import CohortPolicy, Policy, approve, save_policy
+from client.policy import approve
 from client.settings import SiteFolder
 from client.site import make_split_key, open_vault
 from client.vault import Vault
@@ -66,8 +66,8 @@ def admit(place: SitePlace, study: Study, public: bool) -> None:
     place.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = place.folder()
     make_split_key(folder)
-    save_policy(folder, Policy(cohort=CohortPolicy(public=public or not study.private)))
-    approve(folder, study, plan_study(study, folder.file.site.public_size), by="simulation")
+    plan = plan_study(study, folder.file.site.public_size)
+    approve(folder, study, plan, by="simulation", public=public or not study.private)
 
 
 def open_simulated(place: SitePlace, seed: int | None) -> Vault:

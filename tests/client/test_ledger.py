@@ -79,7 +79,7 @@ def test_both_epsilon_and_delta_are_bounds(tmp_path: Path, epsilon: float, delta
 
 def test_an_approval_without_a_budget_buys_nothing_private(tmp_path: Path) -> None:
     book = opened(tmp_path)
-    nothing = Approval(study="s", digest=STUDY, unprotected=True, approved_by="o", approved_at="t")
+    nothing = Approval(study="s", digest=STUDY, public=True, approved_by="o", approved_at="t")
     with pytest.raises(BudgetExhausted):
         book.reserve(reservation(), nothing)
     book.reserve(reservation("free", epsilon=None, training=None), nothing)

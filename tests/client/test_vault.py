@@ -15,7 +15,7 @@ from small import SECRETS, allow, make_site, study, write_rows
 from client import training
 from client import vault as module
 from client.ledger import spending
-from client.policy import load_policy, revoke, save_policy
+from client.policy import Policy, load_policy, revoke, save_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from client.vault import Vault
@@ -128,11 +128,16 @@ def test_exact_metrics_of_private_patients(vault: Vault, folder: SiteFolder) -> 
     assert spent(folder) == 0
 
 
+def no_longer_public(policy: Policy) -> Policy:
+    kept = tuple(a.model_copy(update={"public": False}) for a in policy.approved)
+    return policy.model_copy(update={"approved": kept})
+
+
 def test_exact_metrics_after_the_cohort_stopped_being_public(vault: Vault, folder: SiteFolder) -> None:
     allow(folder, WANTED, public=True)
     assert answered(vault, job(number=4, metrics="exact")).header.exact
     policy = load_policy(folder)
-    save_policy(folder, policy.model_copy(update={"cohort": type(policy.cohort)(public=False)}))
+    save_policy(folder, no_longer_public(policy))
     assert refused(vault, job(number=4, metrics="exact")) == "refused"
 
 
@@ -142,9 +147,9 @@ def test_a_study_without_privacy(vault: Vault, folder: SiteFolder) -> None:
         allow(folder, bare)
     allow(folder, bare, public=True)
     policy = load_policy(folder)
-    save_policy(folder, policy.model_copy(update={"cohort": type(policy.cohort)(public=False)}))
+    save_policy(folder, no_longer_public(policy))
     assert refused(vault, job(bare)) == "refused"
-    protected = policy.approved[0].model_copy(update={"unprotected": False, "epsilon": 9.0, "delta": 0.1})
+    protected = policy.approved[0].model_copy(update={"public": False, "epsilon": 9.0, "delta": 0.1})
     save_policy(folder, policy.model_copy(update={"approved": (protected,)}))
     assert refused(vault, job(bare)) == "refused"
 

@@ -93,7 +93,7 @@ def test_the_deployed_study_ends_with_the_simulated_model_although_its_server_wa
         status, approval = command("fedward-site", "approve", site.root, study, "--yes")
         assert status == 0
         assert approval["epsilon"] == 1.0
-        assert not load_policy(site).cohort.public
+        assert not load_policy(site).approved[0].public
 
     root = consortium.coordinator.root
     status, begun = command("fedward-server", "run", root, study, "--detach")

@@ -13,6 +13,7 @@ from small import study
 
 from common.errors import StudyFailed
 from common.messages import Arrays, Job, Refusal, RefusalHeader, Reply, ReplyHeader, decode, encode
+from common.privacy.mechanism import SubsampledGaussian
 from common.study import Study
 from server import coordinator
 from server.coordinator import PARAMETERS, STATE, Delivery, part, run_session
@@ -26,6 +27,9 @@ Answering = Callable[["Site", Job], "bytes | None"]
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator, "PAUSE", 0.0)
+
+
+COST = SubsampledGaussian(noise_multiplier=2.0, sample_rate=0.5, steps=3)
 
 
 class Site:
@@ -67,6 +71,8 @@ class Site:
         header: dict[str, Any] = {
             "session": job.header.session, "round": job.header.round, "study": job.header.study,
             "site": self.name, "weight": self.weight,
+            "training": COST if trains else None,
+            "evaluation": COST if WANTED.evaluates_in(job.header.round) else None,
         }  # fmt: skip
         given = {
             "update": update if trains else {},

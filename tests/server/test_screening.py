@@ -14,24 +14,29 @@ from common.errors import MessageError
 from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, ReplyHeader, encode
 from common.metrics import EXACT_BINS, histogram_shapes
 from common.models import parameter_arrays, study_model
+from common.privacy.mechanism import SubsampledGaussian
 from common.study import Study
 from server.screening import LARGEST_WEIGHT, screened
 
 BINARY = study(evaluation={"every": 1})
 MULTI = study(data={"label": classes(3)}, objective={"task": "multi-class"}, evaluation={"every": 1})
 
+COST = SubsampledGaussian(noise_multiplier=2.0, sample_rate=0.5, steps=3)
 
-def asked(wanted: Study, number: int = 2) -> Job:
-    header = JobHeader(session="one", round=number, study=wanted.digest)
+
+def asked(wanted: Study, number: int = 2, exact: bool = False) -> Job:
+    metrics: Any = "exact" if exact else "private"
+    header = JobHeader(session="one", round=number, study=wanted.digest, metrics=metrics)
     return Job(header, parameter_arrays(study_model(wanted)))
 
 
 def honest(wanted: Study, number: int = 2, **changes: Any) -> Reply:
-    job = asked(wanted, number)
-    bins = EXACT_BINS if changes.get("exact") else wanted.evaluation.bins
-    shapes = histogram_shapes(wanted, bins) if wanted.evaluates_in(number) else {}
+    job, evaluates, exact = asked(wanted, number), wanted.evaluates_in(number), bool(changes.get("exact"))
+    shapes = histogram_shapes(wanted, EXACT_BINS if exact else wanted.evaluation.bins) if evaluates else {}
     header = {
-        "session": "one", "round": number, "study": wanted.digest, "site": "north", "weight": 40, **changes,
+        "session": "one", "round": number, "study": wanted.digest, "site": "north", "weight": 40,
+        "training": COST if wanted.private and number <= wanted.algorithm.rounds else None,
+        "evaluation": COST if wanted.private and evaluates and not exact else None, **changes,
     }  # fmt: skip
     update = job.parameters if number <= wanted.algorithm.rounds else {}
     return Reply(ReplyHeader(**header), update, {n: np.ones(s) for n, s in shapes.items()})
@@ -41,10 +46,20 @@ def honest(wanted: Study, number: int = 2, **changes: Any) -> Reply:
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_honest_reply_passes(wanted: Study, number: int, exact: bool) -> None:
-    reply = honest(wanted, number, exact=exact)
-    found = screened(encode(reply), asked(wanted, number), wanted)
+    reply = honest(wanted, number, exact=exact and wanted.evaluates_in(number))
+    found = screened(encode(reply), asked(wanted, number, exact), wanted)
     assert isinstance(found, Reply)
     assert found.header == reply.header
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"training": None}, {"evaluation": None}, {"exact": True}, {"exact": True, "evaluation": None}],
+    ids=["free training", "free metrics", "exact at a price", "exact unasked"],
+)
+def test_a_reply_that_hides_its_cost(changes: dict[str, Any]) -> None:
+    with pytest.raises(MessageError, match=r"cost|noise"):
+        screened(encode(honest(BINARY, 2, **changes)), asked(BINARY), BINARY)
 
 
 def test_a_refusal_passes() -> None:
@@ -103,7 +118,7 @@ def test_no_changed_array_passes(group: str, kind: str, seed: int, wanted: Study
 def test_metrics_that_nobody_asked_for() -> None:
     quiet = study()
     reply = honest(quiet, 1)
-    told = Reply(reply.header, reply.update, {"scores": np.ones((2, 20))})
+    told = Reply(reply.header, reply.update, {"scores": np.ones((2, quiet.evaluation.bins))})
     with pytest.raises(MessageError, match="metrics"):
         screened(encode(told), asked(quiet, 1), quiet)
 

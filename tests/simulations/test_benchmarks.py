@@ -89,7 +89,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(options)
         return (made,)
 
-    monkeypatch.setattr("simulations.benchmarks.cli.compare_loop", fake)
+    monkeypatch.setattr("simulations.benchmarks.loop.compare_loop", fake)
     told = CliRunner().invoke(app, ["benchmark", "loop", "--rounds", "5", "--json"])
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout) == {"benchmarks": [made.as_json()]}
