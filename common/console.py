@@ -24,6 +24,7 @@ from common.errors import FedwardError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+PIPE_WIDTH = 200
 INTERNAL_ERROR_STATUS = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -32,7 +33,9 @@ class Speaker:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+        # A pipe has no width: a table must not be cut to the 80 columns that rich assumes there.
+        width = None if sys.stdout.isatty() else PIPE_WIDTH
+        self.out = RichConsole(highlight=False, soft_wrap=True, width=width)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     @property
@@ -52,7 +55,7 @@ class Speaker:
         self.out.print(title, markup=False)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(name, justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*row)
         self.out.print(table, soft_wrap=False)
