@@ -24,7 +24,6 @@ from common.study import Study
 from server.store import FAILED, FINISHED
 from simulations.engine.manifest import MANIFEST_VARIABLE, write_manifest
 from simulations.engine.simulation import Simulation, SimulationSettings, prepare
-from simulations.engine.sites import find_sites
 from simulations.engine.superlink import SuperLink, superlink
 
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -52,7 +51,7 @@ def simulate_on_ray(
     """
     run = run.resolve()
     simulation = prepare(study, sites, run, settings)
-    places = find_sites(sites, run)
+    places = simulation.places
     manifest = write_manifest(run / "manifest.json", places, settings.seed)
     workers = max(1, min(settings.workers, len(places)))
     with (

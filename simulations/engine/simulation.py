@@ -17,7 +17,7 @@ from server.app import app as server_app
 from server.sessions import new_session_id
 from server.store import Settings, Store
 from simulations.engine.inprocess import RUN_ID, InProcessGrid
-from simulations.engine.sites import VaultPool, admit, find_sites, warm_capacity
+from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, warm_capacity
 
 PROGRESS_PAUSE = 0.2  # seconds between looks at the store
 
@@ -43,11 +43,13 @@ class SimulationSettings:
 class Simulation:
     """Attributes:
     folder: of the run: store/ (rounds, checkpoints) and sites/ (each site's policy and ledger).
+    places: of the sites, in the order of their nodes.
     """
 
     folder: Path
     session: str
     store: Store
+    places: tuple[SitePlace, ...]
 
 
 def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) -> Simulation:
@@ -76,7 +78,7 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
             seed=settings.seed or 0,
         ),
     )
-    return Simulation(run, session, store)
+    return Simulation(run, session, store, places)
 
 
 def simulate(
@@ -98,7 +100,7 @@ def simulate(
         SiteError, StudyError: if a site or the study is wrong.
     """
     simulation = prepare(study, sites, run, settings)
-    places = find_sites(sites, run)
+    places = simulation.places
     workers = max(1, min(settings.workers, len(places)))
     pool = VaultPool(places, settings.seed, warm_capacity(places, workers, settings.memory_bytes))
     grid = InProcessGrid(client_app, len(places), workers)
