@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from common.errors import MessageError, Refused
 from common.messages import Arrays, Refusal, RefusalHeader
-from common.privacy.noise import Stream
+from common.privacy.noise import Stream, noised
 from common.privacy.plan import HistogramPlan
 
 INNER_TROUBLE = "the site cannot do this now; its operator finds the reason in the vault's log"
 
 
 def noised_histograms(exact: Arrays, plan: HistogramPlan, stream: Stream) -> dict[str, np.ndarray]:
-    """Histograms with Gaussian noise of noise_multiplier * sensitivity in every cell, float64."""
-    scale = plan.noise_multiplier * plan.sensitivity
+    """Sums with Gaussian noise of noise_multiplier * sensitivity in every cell, float64.
+
+    They are multiples of a public step (common/privacy/noise, `noised`), at most 2^-16 of the noise.
+
+    Raises:
+        ValueError: if the plan has no noise.
+    """
+    deviation = plan.noise_multiplier * plan.sensitivity
     return {
-        name: array + scale * stream.normal(array.size).double().reshape(array.shape).numpy()
+        name: noised(
+            torch.from_numpy(np.array(array, dtype=np.float64)), deviation, stream, dtype=torch.float64
+        ).numpy()
         for name, array in exact.items()
     }
 
