@@ -1,4 +1,5 @@
-"""Metrics as mergeable sums: a site sends histograms of scores by label, never a score or a row.
+"""Metrics as mergeable sums: a site sends histograms of scores by label, or of errors, never a score or a
+row.
 
 A test patient adds one unit in all, shared by its records, so that one patient changes a histogram by
 at most 1 (the sensitivity that noise is scaled to). Sums of sites give the metrics of all patients.
@@ -6,12 +7,14 @@ at most 1 (the sensitivity that noise is scaled to). Sums of sites give the metr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common import curves
+from common.curves import Grid
 from common.messages import Array, Arrays
 from common.study import Study
 
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
     import torch
 
 EXACT_BINS = 10_000
-CALIBRATION_GROUPS = 10
+MOST_SUBGROUP_BINS = 1_000
+MOMENTS = 3
+FEWEST_BINS_OF_LINE = 100
+LINE = ("calibration_intercept", "calibration_slope")
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MISSING_GROUP = "(missing)"
 
 
 @dataclass(frozen=True)
@@ -33,38 +41,112 @@ class Measured:
         accuracy: of the prediction (binary: score of at least 0.5).
         brier: mean squared error of the score; multi-class: summed over classes.
         calibration_error: expected calibration error over ten equal score intervals.
+        sensitivity, specificity: binary, at a score of 0.5.
+        calibration_intercept, calibration_slope: binary, see `curves.calibration_line`; 0 and 1 are best.
+            None with fewer than 100 bins: sure scores rounded to the middle of a wide bin look less sure,
+            which made a slope of 0.86 one of 0.98 to 1.24 with 10 bins (0.87 to 0.92 with 100).
+        mae, rmse, bias: regression: mean absolute, root mean squared and mean error (prediction - truth),
+            in the label's unit. `rmse` is None where noise leaves the mean of squares no more than 0.
+        median_absolute_error, absolute_error_90: that 50 % and 90 % of patients stay below; from the
+            histogram, so no finer than its bins.
     """
 
     patients: float
-    auroc: float | None
-    auprc: float | None
+    auroc: float | None = None
+    auprc: float | None = None
+    accuracy: float | None = None
+    brier: float | None = None
+    calibration_error: float | None = None
+    sensitivity: float | None = None
+    specificity: float | None = None
+    calibration_intercept: float | None = None
+    calibration_slope: float | None = None
+    mae: float | None = None
+    rmse: float | None = None
+    bias: float | None = None
+    median_absolute_error: float | None = None
+    absolute_error_90: float | None = None
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A binary model that calls positive whoever scores at least `threshold`."""
+
+    threshold: float
     accuracy: float | None
-    brier: float | None
-    calibration_error: float | None
+    sensitivity: float | None
+    specificity: float | None
+
+
+@dataclass(frozen=True)
+class CalibrationGroup:
+    """One interval of the calibration curve; multi-class: of the predicted class's score.
+
+    Attributes:
+        low, high: of the score.
+        patients: how many score so, or its noised estimate.
+        score: their mean score, kept within the interval; None if there are no patients.
+        frequency: share of them with label 1 (multi-class: rightly predicted).
+    """
+
+    low: float
+    high: float
+    patients: float
+    score: float | None
+    frequency: float | None
 
 
 def histograms(
-    study: Study, scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, bins: int
+    study: Study,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    bins: int,
+    groups: torch.Tensor | None = None,
 ) -> dict[str, Array]:
-    """Sums to release.
+    """Sums to release. What a patient adds to them at most: `common.privacy.plan.histogram_sensitivity`.
 
     Args:
-        scores: float32 [records], or [records, classes]; in [0, 1].
-        labels: int64 [records].
+        scores: float32 [records], or [records, classes]; in [0, 1]. Regression: predictions in [-1, 1].
+        labels: int64 [records]; regression: float32 [records] in [-1, 1].
         weights: float64 [records]; a patient's sum to 1.
-        bins: number of equal score intervals.
+        bins: number of equal score intervals; regression: of error intervals over the width of the
+            label's range to either side.
+        groups: int64 [records, subgroup columns] (common/schema.subgroup_indices), if the study has any.
 
     Returns:
         Binary: `scores` [2 labels, bins]. Multi-class: `confidence` [2 wrong/right, bins] of the
-        predicted class, and `classes` [classes, 2 others/own, bins]. All float64.
+        predicted class, and `classes` [classes, 2 others/own, bins]. Regression: `errors` [bins], and
+        `moments` [3], sums over patients of u, u² and 4 (|u| - u²) where u = error / width, so that mean
+        errors don't suffer from bins. For a subgroup column `sex` the same again as `sex/scores` …, with
+        one more axis in front: a group a code (see `ordered_codes`), and the missing. All float64.
+
+    Raises:
+        ValueError: if `groups` isn't what the study's subgroups ask for.
     """
-    own, shares = labels.numpy(), weights.double().numpy()
+    columns = study.subgroup_columns
+    if (0 if groups is None else groups.shape[1]) != len(columns):
+        raise ValueError(f"study {study.name} has {len(columns)} subgroup columns")
+    found, own, shares = scores.numpy(), labels.numpy(), weights.double().numpy()
+    whole = _sums(study, found, own, shares, bins)
+    for i, column in enumerate(columns):
+        index = groups[:, i].numpy() if groups is not None else np.empty(0)
+        parts = [
+            _sums(study, found[index == g], own[index == g], shares[index == g], _subgroup_bins(bins))
+            for g in range(len(column.codes) + 1)
+        ]
+        whole |= {f"{column.name}/{n}": np.stack([part[n] for part in parts]) for n in parts[0]}
+    return whole
+
+
+def _sums(study: Study, scores: Array, labels: Array, weights: Array, bins: int) -> dict[str, Array]:
     if study.objective.task == "binary":
-        return {"scores": _binned(scores.numpy(), own, shares, bins)}
-    by_class = scores.numpy()
-    predicted = by_class.argmax(axis=1)
-    confidence = _binned(by_class.max(axis=1), predicted == own, shares, bins)
-    classes = [_binned(by_class[:, k], own == k, shares, bins) for k in range(by_class.shape[1])]
+        return {"scores": _binned(scores, labels, weights, bins)}
+    if study.objective.task == "regression":
+        return _errors(scores, labels, weights, bins)
+    predicted = scores.argmax(axis=1)
+    confidence = _binned(scores.max(axis=1), predicted == labels, weights, bins)
+    classes = [_binned(scores[:, k], labels == k, weights, bins) for k in range(scores.shape[1])]
     return {"confidence": confidence, "classes": np.stack(classes)}
 
 
@@ -76,11 +158,38 @@ def _binned(scores: Array, labels: Array, weights: Array, bins: int) -> Array:
     return np.asarray(flat, dtype=np.float64).reshape(2, bins)
 
 
+def _errors(predictions: Array, labels: Array, weights: Array, bins: int) -> dict[str, Array]:
+    # As for scores: a prediction that is no number counts as the middle of the range.
+    known = np.nan_to_num(predictions.astype(np.float64), nan=0.0).clip(-1.0, 1.0)
+    error = (known - labels.astype(np.float64).clip(-1.0, 1.0)) / 2
+    index = ((error + 1) / 2 * bins).astype(np.int64).clip(0, bins - 1)
+    moments = [error, error**2, 4 * (np.abs(error) - error**2)]
+    return {
+        "errors": np.bincount(index, weights=weights, minlength=bins).astype(np.float64),
+        "moments": np.array([(weights * moment).sum() for moment in moments]),
+    }
+
+
+def _subgroup_bins(bins: int) -> int:
+    """Exact runs have many bins; a block for each group would swell messages."""
+    return min(bins, MOST_SUBGROUP_BINS)
+
+
 def histogram_shapes(study: Study, bins: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes that `histograms` returns for a study."""
-    if study.objective.task == "binary":
-        return {"scores": (2, bins)}
-    return {"confidence": (2, bins), "classes": (study.outputs, 2, bins)}
+
+    def whole(bins: int) -> dict[str, tuple[int, ...]]:
+        if study.objective.task == "binary":
+            return {"scores": (2, bins)}
+        if study.objective.task == "regression":
+            return {"errors": (bins,), "moments": (MOMENTS,)}
+        return {"confidence": (2, bins), "classes": (study.outputs, 2, bins)}
+
+    shapes = whole(bins)
+    for column in study.subgroup_columns:
+        block = whole(_subgroup_bins(bins)).items()
+        shapes |= {f"{column.name}/{n}": (len(column.codes) + 1, *shape) for n, shape in block}
+    return shapes
 
 
 def merged(parts: list[Arrays]) -> dict[str, Array]:
@@ -88,81 +197,164 @@ def merged(parts: list[Arrays]) -> dict[str, Array]:
     return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
-def measure(sums: Arrays) -> Measured:
-    """Metrics from (merged) histograms.
+def overall(sums: Arrays) -> dict[str, Array]:
+    """The sums over all patients, without those of subgroups."""
+    return {name: array for name, array in sums.items() if "/" not in name}
 
-    Sums over many cells (patients, AUROC, accuracy, Brier) use noised counts as they are, because
-    the noise has mean zero and taking negative counts as zero would bias them; what comes out is kept
-    within its range. Average precision and calibration error look at single cells, where a count below
-    zero is taken as zero.
+
+def subgroup_sums(study: Study, sums: Arrays) -> Iterator[tuple[str, str, str, dict[str, Array]]]:
+    """Each subgroup's column, code, what the code means, and sums."""
+    from common.schema import ordered_codes  # takes a second to import, and few studies have subgroups
+
+    for column in study.subgroup_columns:
+        own = {n.partition("/")[2]: a for n, a in sums.items() if n.partition("/")[0] == column.name}
+        meanings = [(code, column.codes[code]) for code in ordered_codes(column)]
+        for i, (code, meaning) in enumerate([*meanings, (MISSING_GROUP, MISSING_GROUP)]):
+            yield column.name, code, meaning, {name: array[i] for name, array in own.items()}
+
+
+def measure(study: Study, sums: Arrays, noise: float = 0.0) -> Measured:
+    """Metrics from (merged) histograms, those of subgroups aside.
+
+    Sums over many cells (patients, AUROC, accuracy, Brier score, mean errors) are linear in noised counts
+    or nearly so: their noise has mean zero. The calibration error adds up absolute values, to which noise
+    only adds; what is known to come of it is taken off (`curves.denoised_calibration_error`). What comes
+    out is kept within its range.
+
+    Args:
+        noise: standard deviation of the Gaussian noise in every cell; of sites that were merged the root
+            of the sum of squares. 0: exact.
     """
+    own = overall(sums)
+    found = {name: array for name, array in values(study, own).items() if "@" not in name}
+    ranges = value_ranges(study)
+    kept = {name: within(float(array), ranges[name]) for name, array in found.items()}
+    if noise > 0 and kept.get("rmse") == 0.0:
+        kept["rmse"] = None
+    if study.objective.task != "regression":
+        counts = own["scores" if study.objective.task == "binary" else "confidence"]
+        error = (
+            curves.denoised_calibration_error(counts, Grid.whole(counts.shape[-1]), noise)
+            if noise > 0
+            else curves.calibration_error(np.maximum(0.0, counts))
+        )
+        kept["calibration_error"] = within(float(error), ranges["calibration_error"])
+    return Measured(kept.pop("patients") or 0.0, **kept)
+
+
+def within(value: float, interval: tuple[float, float]) -> float | None:
+    """The value, kept within the interval; None if it is NaN."""
+    return None if np.isnan(value) else min(interval[1], max(interval[0], value))
+
+
+def value_ranges(study: Study) -> dict[str, tuple[float, float]]:
+    """Between which values each metric lies; operating points are named as in `values`."""
+    ranges = {"patients": (0.0, np.inf)}
+    if study.objective.task == "regression":
+        width = study.data.label.width
+        positive = ("mae", "rmse", "median_absolute_error", "absolute_error_90")
+        return ranges | dict.fromkeys(positive, (0.0, width)) | {"bias": (-width, width)}
+    shares = ["auroc", "auprc", "accuracy", "calibration_error"]
+    if study.objective.task == "multi-class":
+        return ranges | dict.fromkeys(shares, (0.0, 1.0)) | {"brier": (0.0, 2.0)}
+    for threshold in ("", *(f"@{t:g}" for t in THRESHOLDS)):
+        shares += [f"{name}{threshold}" for name in ("accuracy", "sensitivity", "specificity")]
+    lines = dict.fromkeys(LINE, (-np.inf, np.inf))
+    return ranges | dict.fromkeys([*shares, "brier"], (0.0, 1.0)) | lines
+
+
+def values(study: Study, sums: Arrays, grid: Grid | None = None, together: bool = False) -> dict[str, Array]:
+    """Every metric but the calibration error, not kept within ranges; NaN where undefined.
+
+    Args:
+        sums: of one group of patients, with any leading axes (draws of a Monte Carlo run).
+        grid: what the last axis of score histograms stands for, if not for all bins.
+        together: before classes are averaged, bring each one's draws (first axis) into the order of the
+            first class's, as if all rose and fell together: the spread of the mean is then too wide rather
+            than too narrow.
+
+    Returns:
+        Metric → float64 [...]; binary studies also have `accuracy@0.3`, `sensitivity@0.3` … for each of
+        `THRESHOLDS` that is an edge of the bins.
+    """
+    if study.objective.task == "regression":
+        found = curves.error_values(sums["errors"], sums["moments"], study.data.label.width)
+        return {"patients": sums["errors"].sum(axis=-1), **found}
+    counts = sums["scores"] if "scores" in sums else sums["confidence"]
+    grid = grid or Grid.whole(counts.shape[-1])
     if "scores" in sums:
-        h = sums["scores"]
-        half = h.shape[1] // 2
-        right = h[0, :half].sum() + h[1, half:].sum()
-        return _measured(h, right, [h], h)
-    confidence = sums["confidence"]
-    return _measured(confidence, confidence[1].sum(), list(sums["classes"]), confidence)
+        parts = [counts]
+        found = _binary_values(counts, grid)
+    else:
+        parts = [sums["classes"][..., k, :, :] for k in range(study.outputs)]
+        found = {"accuracy": curves.ratio(counts[..., 1, :].sum(axis=-1), curves.total(counts))}
+    by_class: Mapping[str, list[Array]] = {
+        "auroc": [curves.auroc(h) for h in parts],
+        "auprc": [curves.auprc(h) for h in parts],
+        "brier": [curves.brier(h, grid.middles) for h in parts],
+    }
+    if together:
+        by_class = {name: _risen_together(each) for name, each in by_class.items()}
+    return {
+        "patients": curves.total(counts),
+        "auroc": curves.mean_of(by_class["auroc"]),
+        "auprc": curves.mean_of(by_class["auprc"]),
+        "brier": curves.sum_of(by_class["brier"]),
+        **found,
+    }
 
 
-def _measured(counts: Array, right: float, classes: Sequence[Array], calibration: Array) -> Measured:
-    """Args:
-    counts: whose sum is the number of patients.
-    right: patients (in units) that were classified rightly.
-    classes: score-by-label histograms [2, bins]; metrics are averaged over them.
+def _risen_together(parts: list[Array]) -> list[Array]:
+    rank = np.argsort(np.argsort(parts[0], axis=0), axis=0)
+    return [np.take_along_axis(np.sort(part, axis=0), rank, axis=0) for part in parts]
+
+
+def _binary_values(counts: Array, grid: Grid) -> dict[str, Array]:
+    names = ("accuracy", "sensitivity", "specificity")
+    found = dict(zip(names, curves.operating(counts, grid.below(0.5)), strict=True))
+    for threshold in edges(grid.bins):
+        each = curves.operating(counts, grid.below(threshold))
+        found |= {f"{name}@{threshold:g}": value for name, value in zip(names, each, strict=True)}
+    if grid.bins < FEWEST_BINS_OF_LINE:
+        return found
+    return found | dict(zip(LINE, curves.calibration_line(counts, grid.middles), strict=True))
+
+
+def edges(bins: int) -> tuple[float, ...]:
+    """Those of `THRESHOLDS` that are edges of so many bins."""
+    return tuple(t for t in THRESHOLDS if abs(t * bins - round(t * bins)) < curves.ROUNDING * bins)
+
+
+def operating_point(sums: Arrays, threshold: float) -> OperatingPoint:
+    """Accuracy, sensitivity and specificity of a binary model at a threshold.
+
+    Raises:
+        ValueError: if the threshold is no edge of the bins, or the sums aren't a binary study's.
     """
-    return Measured(
-        patients=max(0.0, float(counts.sum())),
-        auroc=_mean([_auroc(h) for h in classes]),
-        auprc=_mean([_auprc(np.maximum(0.0, h)) for h in classes]),
-        accuracy=_ratio(right, counts.sum()),
-        brier=_total([_brier(h) for h in classes]),
-        calibration_error=_calibration_error(np.maximum(0.0, calibration)),
+    if "scores" not in sums:
+        raise ValueError("only a binary study has thresholds")
+    counts = sums["scores"]
+    found = curves.operating(counts, Grid.whole(counts.shape[-1]).below(threshold))
+    return OperatingPoint(threshold, *(within(float(value), (0.0, 1.0)) for value in found))
+
+
+def calibration_curve(sums: Arrays) -> tuple[CalibrationGroup, ...]:
+    """Score against frequency, from low to high scores; empty in regression."""
+    if "errors" in sums:
+        return ()
+    counts = sums["scores"] if "scores" in sums else sums["confidence"]
+    grid = Grid.whole(counts.shape[-1])
+    groups = grid.groups.shape[1]
+    patients = counts.sum(axis=0) @ grid.groups
+    scores = curves.ratio((counts.sum(axis=0) * grid.middles) @ grid.groups, patients)
+    frequencies = curves.ratio(counts[1] @ grid.groups, patients)
+    return tuple(
+        CalibrationGroup(
+            low=g / groups,
+            high=(g + 1) / groups,
+            patients=max(0.0, float(patients[g])),
+            score=within(float(scores[g]), (g / groups, (g + 1) / groups)),
+            frequency=within(float(frequencies[g]), (0.0, 1.0)),
+        )
+        for g in range(groups)
     )
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return min(1.0, max(0.0, float(part / whole))) if whole > 0 else None
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _total(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) if known else None
-
-
-def _auroc(h: Array) -> float | None:
-    """P(score of a positive > of a negative) + half the ties (Mann & Whitney), ties within a bin."""
-    negatives, positives = h
-    below = np.cumsum(negatives) - negatives
-    if min(negatives.sum(), positives.sum()) <= 0:
-        return None
-    return _ratio(float((positives * (below + negatives / 2)).sum()), negatives.sum() * positives.sum())
-
-
-def _auprc(h: Array) -> float | None:
-    """Average precision: Σ (recall_n - recall_{n-1}) precision_n over falling thresholds."""
-    negatives, positives = h[:, ::-1]
-    found, called = np.cumsum(positives), np.cumsum(positives + negatives)
-    precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
-    return _ratio(float((positives * precision).sum()), float(positives.sum()))
-
-
-def _brier(h: Array) -> float | None:
-    middles = (np.arange(h.shape[1]) + 0.5) / h.shape[1]
-    return _ratio(float((h[0] * middles**2 + h[1] * (1 - middles) ** 2).sum()), float(h.sum()))
-
-
-def _calibration_error(h: Array) -> float | None:
-    """Σ over score intervals of share * |mean score - frequency| (Naeini et al. 2015)."""
-    bins = h.shape[1]
-    groups = CALIBRATION_GROUPS if bins % CALIBRATION_GROUPS == 0 else bins
-    middles = (np.arange(bins) + 0.5) / bins
-    count = h.sum(axis=0)
-    score_sum = (count * middles).reshape(groups, -1).sum(axis=1)
-    positive_sum = h[1].reshape(groups, -1).sum(axis=1)
-    return _ratio(float(np.abs(score_sum - positive_sum).sum()), float(count.sum()))

@@ -3,53 +3,117 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.console import Speaker
 from common.metrics import Measured
 from common.study import Study
-from server.report import SessionReport
+from common.uncertainty import Intervals
+from server.report import SessionReport, SiteReport
 
-COLUMNS = ("auroc", "accuracy", "calibration_error")
+COLUMNS = {"auroc": "AUROC", "accuracy": "accuracy", "calibration_error": "cal. error"}
+ERROR_COLUMNS = {"mae": "MAE", "rmse": "RMSE", "bias": "mean error"}
+TITLES = {**COLUMNS, **ERROR_COLUMNS}
 
 
 def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> None:
-    """The table of one session, or of several that differ in their seed (mean ± standard deviation)."""
+    """The table of one session, or of several that differ in their seed (mean ± standard deviation).
+
+    One session's noised metrics come with the 95 % interval that noise leaves them in. Gaps between
+    subgroups follow, if the study asks for them.
+    """
+    columns = COLUMNS if study.data.label.number is None else ERROR_COLUMNS
     names = [site.site for site in reports[0].sites]
     rows = []
     for name in names:
         sites = [site for each in reports for site in each.sites if site.site == name]
-        rows.append(_row(name, [s.measured for s in sites], [s.epsilon for s in sites]))
-    rows.append(["mean of sites", "", *_means(reports), ""])
-    rows.append(_row("all sites", [r.measured for r in reports], [_largest(r) for r in reports]))
+        rows.append(_row(name, sites, [s.epsilon for s in sites], columns))
+    rows.append(["mean of sites", "", *_means(reports, columns), ""])
+    rows.append(_row("all sites", reports, [_largest(r) for r in reports], columns))
     kind = "exact metrics, on public data" if reports[0].exact else "noised metrics"
+    if not reports[0].exact and len(reports) == 1:
+        kind += " (95 % interval of the noise)"
+    if study.data.label.number is not None:
+        kind += f", in {study.data.label.number.unit}"
     times = f", mean ± sd over {len(reports)} seeds" if len(reports) > 1 else ""
-    delta = f"; ε spent per patient at δ = {study.privacy.delta:g}" if study.private else ""
+    delta = f"; ε spent per patient at δ = {reports[0].delta:g}" if reports[0].delta else ""
     speaker.say(study.title)
     speaker.table(
         f"On test patients; {kind}{times}{delta}",
-        ["site", "patients", "AUROC", "accuracy", "cal. error", "ε"],
+        ["site", "patients", *columns.values(), "ε"],
         rows,
     )
+    _show_gaps(speaker, study, reports)
 
 
-def _means(reports: Sequence[SessionReport]) -> list[str]:
+def _show_gaps(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> None:
+    """The gaps of all sites' patients, beside what chance makes of equal groups."""
+    keys = dict.fromkeys((gap.column, gap.metric) for each in reports for gap in each.gaps)
+    rows = []
+    for column, metric in keys:
+        found = [g for each in reports for g in each.gaps if (g.column, g.metric) == (column, metric)]
+        rows.append(
+            [
+                column,
+                TITLES[metric],
+                _mean_sd([gap.gap for gap in found], 3),
+                _group(study, column, [gap.highest for gap in found]),
+                _group(study, column, [gap.lowest for gap in found]),
+                _mean_sd([gap.noise for gap in found], 3),
+                _mean_sd([gap.sampling for gap in found], 3),
+            ]
+        )
+    if rows:
+        speaker.table(
+            "Gaps between groups of all sites' test patients, and what chance alone makes in 95 % of cases",
+            ["by", "metric", "gap", "highest", "lowest", "by noise", "by sampling"],
+            rows,
+        )
+
+
+def _group(study: Study, column: str, codes: Sequence[str]) -> str:
+    """What a code means; several seeds may differ in it."""
+    if len(set(codes)) > 1:
+        return "varies"
+    meanings = next(c.codes for c in study.subgroup_columns if c.name == column)
+    return meanings.get(codes[0], codes[0])
+
+
+def _means(reports: Sequence[SessionReport], columns: Mapping[str, str]) -> list[str]:
     """The unweighted mean over sites, as many papers report it."""
     cells = []
-    for column in COLUMNS:
+    for column in columns:
         by_run = [[getattr(s.measured, column) for s in r.sites if s.measured] for r in reports]
         known = [[v for v in values if v is not None] for values in by_run]
         cells.append(_mean_sd([statistics.fmean(values) for values in known if values], 3))
     return cells
 
 
-def _row(name: str, measured: Sequence[Measured | None], epsilons: Sequence[float | None]) -> list[str]:
-    known = [m for m in measured if m is not None]
+def _row(
+    name: str,
+    reports: Sequence[SessionReport] | Sequence[SiteReport],
+    epsilons: Sequence[float | None],
+    columns: Mapping[str, str],
+) -> list[str]:
+    known = [each.measured for each in reports if each.measured is not None]
     cells = [_mean_sd([m.patients for m in known], 0)]
-    cells += [_mean_sd([getattr(m, c) for m in known], 3) for c in COLUMNS]
+    if len(reports) == 1 and known:
+        cells += [_with_interval(known[0], reports[0].intervals, column) for column in columns]
+    else:
+        cells += [_mean_sd([getattr(m, column) for m in known], 3) for column in columns]
     return [name, *cells, _mean_sd(epsilons, 3) if any(e is not None for e in epsilons) else "none"]
+
+
+def _with_interval(measured: Measured, intervals: Intervals | None, column: str) -> str:
+    """0.991 (0.982–0.998), or the metric alone if it is exact."""
+    value = getattr(measured, column)
+    bounds = intervals.noise.get(column) if intervals is not None else None
+    if value is None or bounds is None:
+        return _mean_sd([value], 3)
+    dash = "–" if bounds[0] >= 0 else " to "
+    return f"{value:.3f} ({bounds[0]:.3f}{dash}{bounds[1]:.3f})"
 
 
 def _mean_sd(values: Sequence[float | None], digits: int) -> str:

@@ -22,7 +22,7 @@ from common.study import Model, Study
 class Shape:
     """Attributes:
     inputs: features of a record.
-    outputs: 1 logit in binary studies, else one per class.
+    outputs: 1 logit in binary studies, 1 number in regression, else one logit per class.
     """
 
     inputs: int
