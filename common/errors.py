@@ -7,11 +7,14 @@ FedwardError
 ├── MessageError          bytes that crossed the wall are malformed
 ├── Refused               the vault says no; its text may be shown to the coordinator
 │   ├── NotApproved       the site's operator has not approved this study
-│   └── BudgetExhausted   the approval's privacy budget is spent
+│   ├── PolicyForbids     the site's policy allows less than the study asks
+│   ├── RolledBack        the site's ledger lacks an entry that the coordinator has seen
+│   └── BudgetExhausted   the approval's, or the cohort's, privacy budget is spent
 ├── LedgerError           the ledger is corrupt, locked, or cannot be written
 ├── StudyFailed           the coordinator could not finish (quorum, deadline, bad updates)
 ├── DatasetError          a public data set cannot be fetched or isn't what its checksum says
-└── DeploymentError       a server, certificate, key or port is not as it must be
+├── DeploymentError       a server, certificate, key or port is not as it must be
+└── CertificateError      a signed privacy certificate is forged, damaged or contradicts the facts
 
 Messages carry names, counts, columns and line numbers, never a patient's values.
 """
@@ -71,6 +74,14 @@ class NotApproved(Refused):
     code = "not-approved"
 
 
+class PolicyForbids(Refused):
+    code = "policy-forbids"
+
+
+class RolledBack(Refused):
+    code = "ledger-rolled-back"
+
+
 class BudgetExhausted(Refused):
     code = "budget-exhausted"
 
@@ -93,3 +104,8 @@ class DatasetError(FedwardError):
 class DeploymentError(FedwardError):
     code = "deployment"
     exit_status = 10
+
+
+class CertificateError(FedwardError):
+    code = "certificate"
+    exit_status = 11

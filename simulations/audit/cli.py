@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from common.console import JsonOption, speaking
-from common.errors import FedwardError
+from common.console import JsonOption, Speaker, speaking
+from common.errors import CertificateError, FedwardError
+from common.keys import PublicKey, read_public_key
+from common.privacy.certificate import Certificate
+from common.study import load_study
 from server.store import Store
 from simulations.audit.recompute import recompute as opinions_of
+from simulations.audit.transcript import transcript_of
+from simulations.audit.verify import Evidence, Verdict, gather, missing_sites
+from simulations.audit.verify import verify as verify_all
 
 app = typer.Typer(
     help="An outsider's side: recompute what was promised.",
@@ -19,11 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-@app.callback()
-def _verbs() -> None:
-    """More verbs follow; Typer drops the verb's name while there is one."""
 
 
 @app.command()
@@ -37,9 +38,7 @@ def recompute(
     Exits with 1 if the accountants disagree by more than 2 %, or find more than the study promised.
     """
     with speaking(json) as speaker:
-        if not (store / "store.db").exists():
-            raise FedwardError(f"{store}: no store.db in it", remedy="give RUN/store or COORDINATOR/store")
-        opened = Store(store)
+        opened = _opened(store)
         known = opened.sessions()
         if not known:
             raise FedwardError(f"{store}: no session in it", remedy="run a study first")
@@ -50,7 +49,9 @@ def recompute(
             for o in found
         ]
         header = ["site", "patients", "ε promised", "ε (fedward)", "ε (Google PLD)", "holds"]
-        speaker.table(f"{chosen.id}, δ = {chosen.study.privacy.delta:g}", header, rows)
+        delta = chosen.study.privacy.delta
+        title = f"{chosen.id}, δ = {delta:g}" if delta else chosen.id
+        speaker.table(title, header, rows)
         if any(a.exact for r in opened.rounds(chosen.id) for a in r.answers):
             speaker.say("Metrics were exact, on records declared public: test patients have no promise.")
         speaker.say("Trusted, not proven: that each site added the noise that its events say.")
@@ -59,6 +60,122 @@ def recompute(
             raise FedwardError(
                 "the privacy promise does not hold by these events", remedy="see the rows that say NO"
             )
+
+
+@app.command()
+def verify(
+    certificates: Annotated[
+        list[Path], typer.Argument(metavar="CERT...", help="Files with a certificate, or folders of *.jws.")
+    ],
+    study: Annotated[Path | None, typer.Option(help="The study file that they must be about.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Coordinator's folder with store.db: what it got.")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(metavar="SITE=FILE", help="A site's public key (site.pub).")
+    ] = None,
+    software: Annotated[str | None, typer.Option(help="Package digest that sites ought to run.")] = None,
+    allow_seeded: Annotated[
+        bool, typer.Option("--allow-seeded", help="Take certificates of simulations.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check what sites signed, away from any site: signatures, plan, ε, and what the coordinator received.
+
+    Exits with 0 only if every certificate holds, else with 11.
+    """
+    with speaking(json) as speaker:
+        given = gather(certificates)
+        sound = [c for c in given.values() if isinstance(c, Certificate)]
+        transcripts = studies = None
+        if store is not None:
+            opened = _opened(store)
+            sessions = {c.claims.session for c in sound}
+            known = [s for s in opened.sessions() if s.id in sessions]
+            transcripts = {s.id: transcript_of(opened, s.id) for s in known}
+            studies = tuple({s.study.digest: s.study for s in known}.values())
+        evidence = Evidence(
+            studies=(load_study(study),) if study else studies or (),
+            transcripts=transcripts,
+            keys=_keys(key or [], {c.claims.site for c in sound}),
+            software=software,
+            allow_seeded=allow_seeded,
+        )
+        verdicts = verify_all(given, evidence)
+        missing = missing_sites(sound, evidence)
+        _tell(speaker, verdicts, missing)
+        failed = [v for v in verdicts if not v.holds]
+        answer: dict[str, Any] = {"holds": not failed, "certificates": [v.as_json() for v in verdicts]}
+        answer["without_certificate"] = missing
+        if not failed:
+            speaker.answer(answer)
+            return
+        error = CertificateError(
+            f"{len(failed)} of {len(verdicts)} certificates do not hold",
+            remedy="see their reasons; ask the site, and the coordinator, about each",
+        )
+        if not json:
+            raise error
+        told = {"error": error.code, "message": error.message, "remedy": error.remedy}
+        speaker.answer({**answer, **told})
+        raise typer.Exit(error.exit_status)
+
+
+def _opened(store: Path) -> Store:
+    if not (store / "store.db").exists():
+        raise FedwardError(f"{store}: no store.db in it", remedy="give RUN/store or COORDINATOR/store")
+    return Store(store)
+
+
+def _keys(texts: list[str], sites: set[str]) -> dict[str, PublicKey]:
+    keys = {}
+    for text in texts:
+        site, equals, file = text.partition("=")
+        if not equals or site not in sites:
+            raise FedwardError(
+                f"--key {text}: not SITE=FILE with a site of these certificates",
+                remedy=f"the sites are: {', '.join(sorted(sites)) or 'none'}",
+            )
+        keys[site] = read_public_key(Path(file))
+    return keys
+
+
+def _tell(speaker: Speaker, verdicts: tuple[Verdict, ...], missing: list[str]) -> None:
+    header = ["certificate", "site", "session", "releases", "ε claimed", "ε (Google PLD)", "δ", "holds"]
+    speaker.table("Certificates", header, [_row(v) for v in verdicts])
+    for verdict in verdicts:
+        parts = {
+            "refused": [f"({r.check}) {r.text}" for r in verdict.reasons],
+            "proven": verdict.proven,
+            "trusted, not proven": verdict.trusted if verdict.holds else (),
+            "not checked": verdict.unchecked if verdict.holds else (),
+        }
+        speaker.say(verdict.origin)
+        for title, sentences in parts.items():
+            for sentence in sentences:
+                speaker.say(f"  {title}: {sentence}")
+    for site in missing:
+        speaker.say(f"No certificate was given of {site}, which answered the coordinator.")
+
+
+def _row(verdict: Verdict) -> list[str]:
+    if verdict.certificate is None or verdict.cost is None:
+        return [verdict.origin, *[""] * 6, _word(verdict.holds)]
+    claims = verdict.certificate.claims
+    return [
+        verdict.origin,
+        claims.site,
+        claims.session,
+        str(len(claims.releases)),
+        _epsilon(claims.epsilon.total),
+        _epsilon(verdict.cost.total),
+        f"{claims.delta + claims.statistics_delta:g}",
+        _word(verdict.holds),
+    ]
+
+
+def _epsilon(value: float | None) -> str:
+    return "no bound" if value is None else f"{value:.4f}"
 
 
 def _word(sound: bool) -> str:
