@@ -8,16 +8,14 @@ import sys
 import threading
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from common.console import JsonOption, Speaker, speaking
-from common.errors import Refused, SiteError
-
-if TYPE_CHECKING:
-    from client.settings import SiteFolder
-    from common.study import Study
+from client import officer
+from client.officer import Folder, StudyFile
+from common.console import JsonOption, speaking
+from common.errors import SiteError
 
 # torch, pandas and Flower are imported by the commands that need them: `connect` needs no torch.
 
@@ -27,9 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Folder = Annotated[Path, typer.Argument(help="The site's folder: it holds site.toml.", show_default=False)]
-StudyFile = Annotated[Path, typer.Argument(help="The study's file.", show_default=False)]
 
 SITE_TOML = """\
 [site]
@@ -59,7 +54,7 @@ def init(
 ) -> None:
     """Make a site's folder with its site.toml and its secret for splitting patients."""
     from client.settings import DataSource, Identity, SiteFolder
-    from client.site import make_split_key
+    from client.site import make_site_keys
     from common.files import validated, write_atomic
 
     with speaking(json) as speaker:
@@ -75,7 +70,7 @@ def init(
             write_atomic(folder / "site.toml", content.encode())
         except OSError as error:
             raise SiteError(f"{folder}: {error.strerror}", remedy="take another folder") from None
-        make_split_key(SiteFolder(folder))
+        make_site_keys(SiteFolder(folder))
         speaker.say(f"{folder / 'site.toml'}: say there what your data's columns are called.")
         speaker.answer({"site": name, "folder": str(folder)})
 
@@ -89,17 +84,26 @@ def join(
 ) -> None:
     """Write the coordinator into site.toml and make the site's keys; send it the public one."""
     from client.settings import join_consortium
-    from client.site import make_split_key
+    from client.site import make_site_keys
     from client.supernode import create_node_key
 
     with speaking(json) as speaker:
         site = join_consortium(folder, address, certificate)
-        make_split_key(site)
+        make_site_keys(site)
         public = site.node_key_path.with_suffix(".pub")
         if not site.node_key_path.exists():
             create_node_key(site)
+        signing = site.signing_key_path.with_suffix(".pub")
         speaker.say(f"{public}: send this public key to the coordinator, who enrols it.")
-        speaker.answer({"site": site.name, "address": address, "public_key": str(public)})
+        speaker.say(f"{signing}: publish this one: it verifies the site's certificates.")
+        speaker.answer(
+            {
+                "site": site.name,
+                "address": address,
+                "public_key": str(public),
+                "signing_key": str(signing),
+            }
+        )
 
 
 @app.command()
@@ -136,85 +140,17 @@ def check(folder: Folder, study: StudyFile, json: JsonOption = False) -> None:
         speaker.answer({"site": site.name, "study": checked.digest, **numbers})
 
 
-@app.command()
-def approve(
-    folder: Folder,
-    study: StudyFile,
-    by: Annotated[str, typer.Option(help="The role that answers for it.")] = "privacy officer",
-    sessions: Annotated[int, typer.Option(help="Sessions that the budget shall last for.", min=1)] = 1,
-    public_cohort: Annotated[
-        bool,
-        typer.Option(help="The cohort's records are PUBLISHED anyway. Never for your own patients."),
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Show what a study will learn, spend and leave, ask, and allow it."""
-    from client.policy import approve as write_approval
-    from client.settings import SiteFolder
-    from common.privacy.plan import plan_study
-    from common.study import load_study
-
-    with speaking(json) as speaker:
-        site, wanted = SiteFolder(folder), load_study(study)
-        plan = plan_study(wanted, site.file.site.public_size)
-        _explain(speaker, site, wanted)
-        if public_cohort:
-            speaker.say("You declare that these records are PUBLIC: this study may ask for exact metrics.")
-        if not yes and (json or not typer.confirm(f"Approve for {sessions} session(s)?", err=True)):
-            raise Refused("not approved", remedy="answer yes, or give --yes")
-        approval = write_approval(site, wanted, plan, by, sessions, public=public_cohort)
-        speaker.say(f"Approved: {approval.study} {approval.digest[:12]}, by {approval.approved_by}.")
-        speaker.answer(approval.model_dump(mode="json"))
-
-
-@app.command()
-def revoke(
-    folder: Folder,
-    digest: Annotated[str, typer.Argument(help="The study's digest, or its first characters (6 or more).")],
-    json: JsonOption = False,
-) -> None:
-    """Take an approval back, from the next message on. What was spent stays spent."""
-    from client.policy import revoke as remove_approval
-    from client.settings import SiteFolder
-
-    with speaking(json) as speaker:
-        remove_approval(SiteFolder(folder), digest)
-        speaker.say(f"Revoked: {digest}.")
-        speaker.answer({"revoked": digest})
-
-
-@app.command()
-def budget(folder: Folder, json: JsonOption = False) -> None:
-    """What each approved study may spend, and what it has spent. The vault may be running."""
-    from client.ledger import spending
-    from client.policy import load_policy
-    from client.settings import SiteFolder
-
-    with speaking(json) as speaker:
-        site = SiteFolder(folder)
-        spent = spending(site.ledger_path)
-        rows: list[dict[str, Any]] = []
-        for approval in load_policy(site).approved:
-            used = spent.get(approval.digest)
-            rows.append(
-                {
-                    "study": approval.study,
-                    "digest": approval.digest,
-                    "sessions": used.sessions if used else 0,
-                    "epsilon_reserved": used.epsilon if used else 0.0,
-                    "epsilon_approved": approval.epsilon,
-                    "delta_approved": approval.delta,
-                }
-            )
-        header = ["study", "digest", "sessions", "ε reserved", "ε approved", "δ approved"]
-        table = [
-            [r["study"], r["digest"][:12], str(r["sessions"]), f"{r['epsilon_reserved']:.3f}"]
-            + [f"{r[k]:g}" if r[k] else "none" for k in ("epsilon_approved", "delta_approved")]
-            for r in rows
-        ]
-        speaker.table(f"Budget of {site.name}, per patient", header, table)
-        speaker.answer({"site": site.name, "studies": rows})
+for command in (
+    officer.policy,
+    officer.approve,
+    officer.revoke,
+    officer.withdraw,
+    officer.withdrawals,
+    officer.budget,
+    officer.certificate,
+):
+    app.command()(command)
+app.add_typer(officer.ledger, name="ledger")
 
 
 @app.command()
@@ -266,15 +202,6 @@ def connect(
             sys.stdout.flush()
 
         run_supernode(site, announce, warm=not cold)
-
-
-def _explain(speaker: Speaker, site: SiteFolder, study: Study) -> None:
-    from common.explain import explain, explain_cost
-    from common.models import parameter_count
-
-    for line in explain(study, parameter_count(study)).lines:
-        speaker.say(line)
-    speaker.say(f"One session costs a patient here {explain_cost(study, site.file.site.public_size)}.")
 
 
 def main() -> None:

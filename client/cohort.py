@@ -7,6 +7,7 @@ the same however the file is sorted or exported, and nobody without the secret c
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from client.settings import SiteFolder
 from client.sources import read_table
 from common.errors import DataError, SiteError
-from common.schema import Encoded, encode_coded, examine, missing_text, normal_text
+from common.schema import Coded, Encoded, Scaling, encode_coded, examine, missing_text, normal_text
 from common.study import Study
 from common.table import Positions, Table, Violation, refuse
 
@@ -33,19 +34,38 @@ class Patients:
 
     Attributes:
         features: float32 [records, width].
-        labels: int64 [records], index of the class.
+        labels: int64 [records], index of the class; in regression float32 [records], scaled to [-1, 1].
         offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
+        hashes: each patient's keyed hash, by which a withdrawn one is found; None where nobody can be.
+        groups: int64 [records, columns of `evaluation.subgroups`] (common/schema); None without subgroups.
     """
 
     features: torch.Tensor
     labels: torch.Tensor
     offsets: torch.Tensor
+    hashes: tuple[bytes, ...] | None = None
+    groups: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __repr__(self) -> str:  # sizes are private
         return "Patients(…)"
+
+    def without(self, withdrawn: frozenset[bytes]) -> Patients:
+        """The patients whose hash isn't listed; these very ones if none is."""
+        if not withdrawn or self.hashes is None:
+            return self
+        kept = np.array([each not in withdrawn for each in self.hashes], dtype=np.bool_)
+        if kept.all():
+            return self
+        counts = self.offsets.diff()
+        mask = torch.from_numpy(kept)
+        rows = torch.repeat_interleave(mask, counts)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts[mask].cumsum(0)])
+        hashes = tuple(h for h, keep in zip(self.hashes, kept, strict=True) if keep)
+        groups = None if self.groups is None else self.groups[rows]
+        return Patients(self.features[rows], self.labels[rows], offsets, hashes, groups)
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,40 @@ class Cohort:
     test: Patients
 
 
+@dataclass(frozen=True, repr=False)
+class Records:
+    """A site's records, read and checked, before they are scaled and split.
+
+    Attributes:
+        origin: how messages name the file.
+        patients: int64 [records], each record's patient as an index into `hashes`.
+        hashes: each patient's HMAC-SHA256 under the site's secret.
+        part: int64 [records], 0 = train, 1 = test.
+    """
+
+    origin: str
+    coded: Coded
+    patients: npt.NDArray[np.int64]
+    hashes: tuple[bytes, ...]
+    part: npt.NDArray[np.int64]
+
+    def without(self, withdrawn: frozenset[bytes]) -> Records:
+        """The records of patients whose hash isn't listed; these very ones if none is."""
+        listed = np.array([each in withdrawn for each in self.hashes], dtype=np.bool_)
+        if not listed.any():
+            return self
+        kept = ~listed[self.patients]
+        coded = Coded({n: c[kept] for n, c in self.coded.columns.items()}, self.coded.labels[kept])
+        return Records(self.origin, coded, self.patients[kept], self.hashes, self.part[kept])
+
+
 def load_cohort(folder: SiteFolder, study: Study, split_key: bytes) -> Cohort:
-    """Read, check, encode, group and split the site's records.
+    """Read, check, encode, group and split the site's records; see `load_records` and `cohort_of`."""
+    return cohort_of(load_records(folder, study, split_key), study)
+
+
+def load_records(folder: SiteFolder, study: Study, split_key: bytes) -> Records:
+    """Read and check the site's records.
 
     Args:
         split_key: the site's secret, at least 16 bytes; it decides the order of patients, and under
@@ -66,7 +118,7 @@ def load_cohort(folder: SiteFolder, study: Study, split_key: bytes) -> Cohort:
     Raises:
         SiteError: if the key is too short, or site.toml doesn't fit the study.
         DataError: naming file, columns, counts and lines of everything that is wrong; it stays at the
-            site. Also if no patient is left to train on.
+            site.
     """
     if len(split_key) < SHORTEST_SPLIT_KEY:
         raise SiteError(
@@ -84,22 +136,36 @@ def load_cohort(folder: SiteFolder, study: Study, split_key: bytes) -> Cohort:
     coded, found = examine(table, study)
     refuse(table.origin, violations + found)
 
-    digests = [hmac.digest(split_key, patient.encode(), "sha256") for patient in ids]
-    encoded = encode_coded(coded, study)
+    hashes = tuple(hmac.digest(split_key, patient.encode(), "sha256") for patient in ids)
     if part is None:
         border = int(study.data.split.test_fraction * 2**64)
-        tests = np.array([int.from_bytes(d[:8], "big") < border for d in digests], dtype=np.bool_)
+        tests = np.array([int.from_bytes(h[:8], "big") < border for h in hashes], dtype=np.bool_)
         part = tests[patients].astype(np.int64)
-    rank = np.empty(len(ids), dtype=np.int64)
-    rank[sorted(range(len(ids)), key=digests.__getitem__)] = np.arange(len(ids))
-    ranks, part = rank[patients][encoded.kept], part[encoded.kept]
+    return Records(table.origin, coded, patients, hashes, part)
+
+
+def cohort_of(records: Records, study: Study, scaling: Scaling | None = None) -> Cohort:
+    """Encode, group and split.
+
+    Args:
+        scaling: of the numeric columns, instead of the dictionary's public intervals.
+
+    Raises:
+        Refused: if the scaling doesn't fit the study.
+        DataError: if no patient is left to train on.
+    """
+    encoded = encode_coded(records.coded, study, scaling)
+    rank = np.empty(len(records.hashes), dtype=np.int64)
+    rank[sorted(range(len(rank)), key=records.hashes.__getitem__)] = np.arange(len(rank))
+    ranks, part = rank[records.patients][encoded.kept], records.part[encoded.kept]
+    ordered = sorted(records.hashes)
     cohort = Cohort(
-        train=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["train"])),
-        test=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["test"])),
+        train=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["train"]), ordered),
+        test=_grouped(encoded, ranks, np.flatnonzero(part == _PARTS["test"]), ordered),
     )
     if len(cohort.train) == 0:
         raise DataError(
-            f"{table.origin}: no patient is left to train on",
+            f"{records.origin}: no patient is left to train on",
             remedy="check the split, and which columns are missing where the study excludes the record",
         )
     return cohort
@@ -156,16 +222,26 @@ def _repeated_rows(table: Table, study: Study, patients: npt.NDArray[np.int64]) 
     return [table.violation(key, "the same row again for the same patient", twice)] if len(twice) else []
 
 
-def _grouped(encoded: Encoded, ranks: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> Patients:
+def _grouped(
+    encoded: Encoded,
+    ranks: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.int64],
+    hashes: Sequence[bytes],
+) -> Patients:
     """The chosen records by patient; within a patient by content, so that file order leaves no trace."""
     order = chosen[np.argsort(ranks[chosen], kind="stable")]
-    _, starts, counts = np.unique(ranks[order], return_index=True, return_counts=True)
+    found, starts, counts = np.unique(ranks[order], return_index=True, return_counts=True)
     for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
         block = order[start : start + count]
-        content = [(encoded.features[i].tobytes(), int(encoded.labels[i])) for i in block]
+        content = [
+            (encoded.features[i].tobytes(), encoded.labels[i].item(), encoded.groups[i].tobytes())
+            for i in block
+        ]
         order[start : start + count] = block[sorted(range(count), key=content.__getitem__)]
     return Patients(
         features=torch.from_numpy(encoded.features[order]),
         labels=torch.from_numpy(encoded.labels[order]),
         offsets=torch.from_numpy(np.append(starts, len(order)).astype(np.int64)),
+        hashes=tuple(hashes[i] for i in found),
+        groups=torch.from_numpy(encoded.groups[order]) if encoded.groups.shape[1] else None,
     )

@@ -1,65 +1,38 @@
 """What a site has spent: reserved on disk before any row is read, committed with the reply.
 
-One reservation per (session, round). Asking again returns the stored reply and spends nothing. After a
-crash between reserve and commit nothing has left the site, so the same request may run again on the
-same reservation: one release, paid once. A session is charged its whole planned ε when it begins, so
-the sum over an approval's sessions never exceeds what was granted, whatever order they come in; plain
-addition of (ε, δ) holds for sessions chosen after seeing earlier results (Rogers, Roth, Ullman, Vadhan
-2016, theorem 3.6 for the privacy filter by basic composition).
+One reservation per (session, round); round 0 is the session's statistics. Asking again returns the stored
+reply and spends nothing. After a crash between reserve and commit nothing has left the site, so the same
+request may run again on the same reservation: one release, paid once.
+
+A session's rounds are charged as a whole when the first of them is asked, its statistics likewise. Two
+limits hold, in whatever order sessions come:
+- of a study: ε and δ of what its approval has charged add up to what was granted. Plain addition holds
+  for sessions chosen after seeing earlier results (Rogers, Roth, Ullman, Vadhan 2016, theorem 3.6);
+- of the cohort: every study, statistic and evaluation together pass the RDP filter of the policy's
+  lifetime budget (common/privacy/filter says why that holds). A patient trains or tests in a session,
+  never both, so it pays for the dearer of the two.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.policy import Approval
+from client.policy import Approval, Policy
+from client.reservation import PART_OF, Reservation
 from common.errors import BudgetExhausted, LedgerError, Refused
 from common.files import write_atomic
-from common.journal import Journal, read_journal
-from common.privacy.mechanism import SubsampledGaussian
+from common.journal import Entry, Journal, read_journal
+from common.keys import PublicKey, SigningKey
+from common.messages import NO_HEAD
+from common.privacy.certificate import read_certificate
 
 KEPT_REPLIES = 2
 ROUNDING = 1 + 1e-9  # of sums of floating-point numbers
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """Attributes:
-    request: SHA-256 of the request's bytes.
-    training, evaluation: what this round costs training and test patients; None if nothing.
-    session_epsilon, session_delta: planned for the whole session; None without privacy.
-    """
-
-    session: str
-    round: int
-    study: str
-    request: str
-    training: SubsampledGaussian | None = None
-    evaluation: SubsampledGaussian | None = None
-    session_epsilon: float | None = None
-    session_delta: float | None = None
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.session, self.round
-
-    def body(self) -> dict[str, Any]:
-        value = dict(vars(self))
-        for name in ("training", "evaluation"):
-            value[name] = value[name].model_dump(mode="json") if value[name] else None
-        return value
-
-    @staticmethod
-    def of(body: dict[str, Any]) -> Reservation:
-        value = dict(body)
-        for name in ("training", "evaluation"):
-            value[name] = SubsampledGaussian.model_validate(value[name]) if value[name] else None
-        return Reservation(**value)
 
 
 @dataclass(frozen=True)
@@ -76,73 +49,178 @@ class Spending:
     rounds: int
 
 
-def spending(path: Path) -> dict[str, Spending]:
-    """What each study (by digest) has spent, read beside a running vault.
+@dataclass(frozen=True)
+class Committed:
+    """A reservation that was answered.
+
+    Attributes:
+        reply: SHA-256 of the reply's bytes.
+        released: digest of the numbers in it; empty if it was a refusal.
+        withdrawn: digest of the withdrawal list in force when it ended.
+        head: of the ledger when the round was reserved, as the reply tells it.
+    """
+
+    reservation: Reservation
+    reply: str
+    released: str
+    withdrawn: str
+    head: str
+
+
+class Account:
+    """What a ledger's entries come to.
+
+    Raises:
+        LedgerError: if an entry is of no known kind or form.
+    """
+
+    def __init__(self, entries: Iterable[Entry], path: Path) -> None:
+        self.reserved: dict[tuple[str, int], Reservation] = {}
+        self.committed: dict[tuple[str, int], Committed] = {}
+        self.policy = ""
+        self.last_time = 0.0
+        self._heads: dict[tuple[str, int], str] = {}
+        self._charged: dict[tuple[str, str], Reservation] = {}
+        self._known: set[str] = {NO_HEAD}
+        self._rdp: dict[float, float] = {}  # order → sum over all charges
+        for entry in entries:
+            try:
+                self.add(entry)
+            except (KeyError, TypeError, ValueError):
+                raise LedgerError(
+                    f"{path}: line {entry.sequence} is of no known form",
+                    remedy="this ledger was written by another version of fedward",
+                ) from None
+
+    def add(self, entry: Entry) -> None:
+        """Take one more entry in."""
+        body = entry.body
+        if entry.kind == "reserve":
+            self._reserve(Reservation.of(body), entry.hash)
+        elif entry.kind == "commit":
+            key = str(body["session"]), int(body["round"])
+            self.committed[key] = Committed(
+                self.reserved[key], body["reply"], body["released"], body["withdrawn"], self._heads[key]
+            )
+        elif entry.kind == "abandon":
+            self._abandon((str(body["session"]), int(body["round"])))
+        elif entry.kind == "policy":
+            self.policy = str(body["digest"])
+        else:
+            raise ValueError(entry.kind)
+        self._known.add(entry.hash)
+        self.last_time = max(self.last_time, entry.time)
+
+    def _reserve(self, wanted: Reservation, head: str) -> None:
+        self.reserved[wanted.key] = wanted
+        self._heads[wanted.key] = head
+        part = wanted.session, wanted.part
+        if part not in self._charged:
+            self._charged[part] = wanted
+            for order in self._rdp:
+                self._rdp[order] += wanted.rdp(order)
+
+    def _abandon(self, key: tuple[str, int]) -> None:
+        gone = self.reserved.pop(key)
+        part = gone.session, gone.part
+        if not any((r.session, r.part) == part for r in self.reserved.values()):
+            del self._charged[part]
+            self._rdp.clear()
+
+    def knows(self, head: str) -> bool:
+        """Whether some entry has this hash."""
+        return head in self._known
+
+    def head_of(self, key: tuple[str, int]) -> str:
+        """The hash of a reservation's entry."""
+        return self._heads[key]
+
+    def answered(self, session: str) -> list[Committed]:
+        """The session's rounds in which numbers left, in the order of rounds."""
+        found = [c for c in self.committed.values() if c.reservation.session == session and c.released]
+        return sorted(found, key=lambda c: c.reservation.round)
+
+    def charged(self, session: str, part: str) -> Reservation | None:
+        """The reservation by which a session's rounds, or statistics, were charged."""
+        return self._charged.get((session, part))
+
+    def belongs_to(self, session: str) -> str | None:
+        """The study of a session."""
+        return next((c.study for p in PART_OF if (c := self.charged(session, p))), None)
+
+    def spending(self, study: str) -> Spending:
+        """What a study (by digest) has spent."""
+        charges = [r for r in self._charged.values() if r.study == study]
+        return Spending(
+            sessions=len({r.session for r in charges}),
+            epsilon=math.fsum(r.epsilon or 0.0 for r in charges),
+            delta=math.fsum(r.delta or 0.0 for r in charges),
+            rounds=sum(r.study == study for r in self.reserved.values()),
+        )
+
+    def studies(self) -> Mapping[str, Spending]:
+        """What every study has spent."""
+        return {study: self.spending(study) for study in sorted({r.study for r in self._charged.values()})}
+
+    def rdp(self, order: float) -> float:
+        """Rényi divergence of that order which all charges together stand for."""
+        if order not in self._rdp:
+            self._rdp[order] = math.fsum(r.rdp(order) for r in self._charged.values())
+        return self._rdp[order]
+
+
+def read_account(path: Path, key: PublicKey | None = None) -> Account:
+    """A ledger's account, read beside a running vault.
+
+    Args:
+        key: whose signature every entry must have.
 
     Raises:
         LedgerError: if the ledger's chain is broken.
     """
-    reservations = [Reservation.of(e.body) for e in read_journal(path) if e.kind == "reserve"]
-    studies = sorted({r.study for r in reservations})
-    return {study: _spending([r for r in reservations if r.study == study]) for study in studies}
+    return Account(read_journal(path, key), path)
 
 
-def _spending(reservations: Iterable[Reservation]) -> Spending:
-    rounds = list(reservations)
-    sessions = {r.session: r for r in rounds}.values()
-    return Spending(
-        sessions=len(sessions),
-        epsilon=math.fsum(r.session_epsilon or 0.0 for r in sessions),
-        delta=math.fsum(r.session_delta or 0.0 for r in sessions),
-        rounds=len(rounds),
-    )
-
-
-def _planned_otherwise(wanted: Reservation, before: Reservation) -> bool:
-    """Whether two rounds of a session don't come from one plan, whose ε was charged when it began."""
-    pairs = ((wanted.training, before.training), (wanted.evaluation, before.evaluation))
-    return (wanted.session_epsilon, wanted.session_delta) != (
-        before.session_epsilon,
-        before.session_delta,
-    ) or any(a is not None and b is not None and a != b for a, b in pairs)
+def spending(path: Path) -> Mapping[str, Spending]:
+    """What each study (by digest) has spent, read beside a running vault; as `read_account`."""
+    return read_account(path).studies()
 
 
 class Ledger:
     """A site's spending, over every study and session.
 
     Args:
-        path: the journal; its folder is made (mode 0700).
+        path: the journal; its folder is made (mode 0700). The last head lies beside it.
         replies: folder of committed replies.
-        durable: fsync (see `Journal`).
+        key: signs the entries.
+        durable: fsync (see `Journal`), and keep the head.
 
     Raises:
-        LedgerError: as `Journal`; or if a reply is kept that the journal knows nothing of, because an
-            older copy of it was put back.
+        LedgerError: as `Journal`; or if a reply is kept, or a head is remembered, that the journal knows
+            nothing of, because an older copy of it was put back.
     """
 
-    def __init__(self, path: Path, replies: Path, *, durable: bool = True) -> None:
+    def __init__(
+        self, path: Path, replies: Path, *, key: SigningKey | None = None, durable: bool = True
+    ) -> None:
         for folder in (path.parent, replies):  # with `parents`, mkdir gives its mode to the last one only
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._replies = replies
-        self._journal = Journal(path, durable=durable)
-        self._durable = durable
-        self._reserved: dict[tuple[str, int], Reservation] = {}
-        self._committed: dict[tuple[str, int], str] = {}
-        for entry in self._journal.entries:
-            if entry.kind == "reserve":
-                reservation = Reservation.of(entry.body)
-                self._reserved[reservation.key] = reservation
-            elif entry.kind == "commit":
-                self._committed[entry.body["session"], entry.body["round"]] = entry.body["reply"]
-        self._check_replies()
+        self._replies, self._durable = replies, durable
+        self._journal = Journal(path, durable=durable, key=key)
+        try:
+            self.account = Account(self._journal.entries, path)
+            self._check_replies()
+            check_head(path, self.account)
+        except BaseException:
+            self.close()
+            raise
 
     def _check_replies(self) -> None:
         for path in self._replies.glob(".*"):
             path.unlink(missing_ok=True)  # a crash while it was being written
-        known = {self._reply_path(*key) for key in self._reserved}
+        known = {self._reply_path(*key) for key in self.account.reserved}
         unknown = sorted(set(self._replies.glob("*.safetensors")) - known)
         if unknown:
-            self.close()
             raise LedgerError(
                 f"{unknown[0]}: a reply of a round that {self._journal.path} does not know",
                 remedy="the ledger is older than its replies: restore the latest one",
@@ -153,8 +231,13 @@ class Ledger:
         return self._journal.head
 
     @property
-    def reservations(self) -> tuple[Reservation, ...]:
-        return tuple(self._reserved.values())
+    def sequence(self) -> int:
+        """Number of entries."""
+        return len(self._journal.entries)
+
+    def knows(self, head: str) -> bool:
+        """Whether `head` was once this ledger's."""
+        return self.account.knows(head)
 
     def stored_reply(self, session: str, round_number: int, request: str) -> bytes | None:
         """The reply that this very request has had; None if it never was answered.
@@ -163,7 +246,7 @@ class Ledger:
             Refused: if the round was asked with another content, or its reply is no longer kept.
             LedgerError: if the stored reply isn't what was committed.
         """
-        known = self._reserved.get((session, round_number))
+        known = self.account.reserved.get((session, round_number))
         if known is None:
             return None
         if known.request != request:
@@ -171,8 +254,8 @@ class Ledger:
                 f"round {round_number} of session {session} was asked before, with another content",
                 remedy="a round runs once; resume the session from its last checkpoint",
             )
-        digest = self._committed.get(known.key)
-        if digest is None:
+        committed = self.account.committed.get(known.key)
+        if committed is None:
             return None
         path = self._reply_path(session, round_number)
         try:
@@ -182,52 +265,86 @@ class Ledger:
                 f"round {round_number} of session {session} was answered; its reply is no longer kept",
                 remedy="resume the session from its last checkpoint",
             ) from None
-        if hashlib.sha256(reply).hexdigest() != digest:
+        if hashlib.sha256(reply).hexdigest() != committed.reply:
             raise LedgerError(f"{path}: not the reply that was committed", remedy="restore the file")
         return reply
 
-    def reserve(self, wanted: Reservation, approval: Approval) -> None:
-        """Write down what a round will cost; when this returns, it is spent.
+    def has_reserved(self, wanted: Reservation) -> bool:
+        """Whether this round was paid for, be it answered or not."""
+        return wanted.key in self.account.reserved
+
+    def note(self, policy: Policy) -> None:
+        """Write down the policy in force, unless it is the one that was written down last.
 
         Raises:
-            BudgetExhausted: if the approval has too little left for a new session, or less by now
-                than what has been reserved.
+            LedgerError: if it can't be written.
+        """
+        if policy.digest != (self.account.policy or Policy().digest):
+            self._append("policy", {"digest": policy.digest, "content": policy.content})
+
+    def reserve(self, wanted: Reservation, approval: Approval, policy: Policy) -> str:
+        """Write down what a round will cost; when this returns, it is spent.
+
+        Returns:
+            The hash of the round's entry.
+
+        Raises:
+            BudgetExhausted: if the approval, or the cohort's lifetime budget, has too little left for
+                what the round begins, or less by now than what has been reserved.
             Refused: if the session belongs to another study, or was planned otherwise when it began.
             LedgerError: if it can't be written.
         """
-        if wanted.key in self._reserved:
-            return
-        session = [r for r in self._reserved.values() if r.session == wanted.session]
-        if session and session[0].study != wanted.study:
+        if wanted.key in self.account.reserved:
+            return self.account.head_of(wanted.key)
+        if self.account.belongs_to(wanted.session) not in (None, wanted.study):
             raise Refused(
                 f"session {wanted.session} belongs to another study", remedy="start a session of its own"
             )
-        if any(_planned_otherwise(wanted, r) for r in session):
+        begun = self.account.charged(wanted.session, wanted.part)
+        parts = [c for part in PART_OF if (c := self.account.charged(wanted.session, part))]
+        if not all(wanted.planned_like(c) for c in parts):
             raise Refused(
                 f"session {wanted.session} was planned otherwise when it began",
-                remedy="the site's public size or software has changed: start a new session",
+                remedy="the site's public size, policy or software has changed: start a new session",
             )
-        self._admit(wanted, approval, new=not session)
-        self._journal.append("reserve", wanted.body())
-        self._reserved[wanted.key] = wanted
+        self._admit(wanted, approval, policy, new=begun is None)
+        self.note(policy)
+        self._append("reserve", wanted.body())
+        return self.head
 
-    def _admit(self, wanted: Reservation, approval: Approval, *, new: bool) -> None:
-        before = _spending(r for r in self._reserved.values() if r.study == wanted.study)
-        eps = before.epsilon + (wanted.session_epsilon or 0.0) * new
-        delta = before.delta + (wanted.session_delta or 0.0) * new
+    def _admit(self, wanted: Reservation, approval: Approval, policy: Policy, *, new: bool) -> None:
+        before = self.account.spending(wanted.study)
+        eps = before.epsilon + (wanted.epsilon or 0.0) * new
+        delta = before.delta + (wanted.delta or 0.0) * new
         if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:
             raise BudgetExhausted(
                 f"{before.sessions} sessions of this study leave too little of the approved budget",
                 remedy="its privacy officer may grant more: fedward-site revoke, then approve --sessions N",
             )
+        if wanted.epsilon is None:
+            return
+        if policy.cohort is None:
+            raise BudgetExhausted(
+                "this site has no lifetime budget for its cohort",
+                remedy="its privacy officer sets one: fedward-site policy FOLDER --epsilon E --delta D",
+            )
+        budget = policy.cohort.filter()
+        if not budget.admits(self.account.rdp(budget.order), wanted.rdp(budget.order) * new):
+            raise BudgetExhausted(
+                "the lifetime budget of this site's cohort leaves too little for this study",
+                remedy="ask for a smaller ε; what the patients' lifetime budget was spent on stays spent",
+            )
 
-    def commit(self, reservation: Reservation, reply: bytes) -> None:
+    def commit(self, reservation: Reservation, reply: bytes, released: str = "", withdrawn: str = "") -> None:
         """Keep a reply for whoever asks again, then mark its round as answered.
+
+        Args:
+            released: digest of the numbers in it; empty for a refusal.
+            withdrawn: digest of the withdrawal list in force by now; as reserved if empty.
 
         Raises:
             LedgerError: if it can't be written; the round then counts as not answered.
         """
-        digest = hashlib.sha256(reply).hexdigest()
         path = self._reply_path(*reservation.key)
         try:
             if self._durable:
@@ -236,15 +353,79 @@ class Ledger:
                 path.write_bytes(reply)
         except OSError as error:
             raise LedgerError(f"{path}: {error.strerror}", remedy="free space on that disk") from None
-        self._journal.append(
-            "commit", {"session": reservation.session, "round": reservation.round, "reply": digest}
-        )
-        self._committed[reservation.key] = digest
-        old = self._reply_path(reservation.session, reservation.round - KEPT_REPLIES)
-        old.unlink(missing_ok=True)
+        body = {"session": reservation.session, "round": reservation.round}
+        body |= {"reply": hashlib.sha256(reply).hexdigest(), "released": released}
+        self._append("commit", {**body, "withdrawn": withdrawn or reservation.withdrawn})
+        if reservation.round > KEPT_REPLIES:
+            self._reply_path(reservation.session, reservation.round - KEPT_REPLIES).unlink(missing_ok=True)
+
+    def abandon(self, reservation: Reservation) -> None:
+        """Give a reservation back. Only for one before whose failure no row was read.
+
+        Raises:
+            LedgerError: if it was answered, or the entry can't be written; the reservation then stays.
+        """
+        if reservation.key in self.account.committed:
+            raise LedgerError(f"round {reservation.round} was answered", remedy="it stays spent")
+        self._append("abandon", {"session": reservation.session, "round": reservation.round})
+
+    def _append(self, kind: str, body: dict[str, Any]) -> None:
+        entry = self._journal.append(kind, body)
+        self.account.add(entry)
+        if self._durable:
+            remember_head(self._journal.path, entry)
 
     def close(self) -> None:
         self._journal.close()
 
     def _reply_path(self, session: str, round_number: int) -> Path:
         return self._replies / f"{session}.{round_number}.safetensors"
+
+
+def head_path(journal: Path) -> Path:
+    """Beside the journal: the last head, so that a cut end shows."""
+    return journal.with_name("head")
+
+
+def remember_head(journal: Path, entry: Entry) -> None:
+    """Raises:
+    LedgerError: if it can't be written; the entry counts all the same.
+    """
+    try:
+        write_atomic(head_path(journal), f"{entry.sequence} {entry.hash}\n".encode())
+    except OSError as error:
+        raise LedgerError(
+            f"{head_path(journal)}: {error.strerror}", remedy="free space on that disk"
+        ) from None
+
+
+def check_head(journal: Path, account: Account) -> None:
+    """Raises:
+    LedgerError: if the head beside the journal is none of its entries'.
+    """
+    path = head_path(journal)
+    if not path.exists():
+        return
+    words = path.read_bytes().split()
+    if len(words) != 2 or not account.knows(words[1].decode("latin-1")):
+        raise LedgerError(
+            f"{path}: a head that {journal} does not have: its end was cut, or an older copy put back",
+            remedy="restore the latest ledger; if it is lost, count this cohort's budget as spent",
+        )
+
+
+def check_certificates(folder: Path, account: Account) -> int:
+    """Hold the heads in the site's own certificates against its ledger; returns how many there are.
+
+    Raises:
+        LedgerError: if the ledger lacks a certified head.
+        CertificateError: if a certificate isn't as it was signed.
+    """
+    paths = sorted(folder.glob("*.jws"))
+    for path in paths:
+        if not account.knows(read_certificate(path.read_bytes()).claims.ledger.head):
+            raise LedgerError(
+                f"{path}: certifies a head that the ledger does not have",
+                remedy="restore the latest ledger; if it is lost, count this cohort's budget as spent",
+            )
+    return len(paths)

@@ -120,6 +120,30 @@ class SiteFolder:
         return self.state / "ledger" / "replies"
 
     @property
+    def head_path(self) -> Path:
+        """The ledger's last head, beside it: whoever cuts the ledger's end must find this one, too."""
+        return self.state / "ledger" / "head"
+
+    @property
+    def withdrawn_path(self) -> Path:
+        return self.state / "withdrawn.txt"
+
+    @property
+    def withdrawn_lists(self) -> Path:
+        """Folder of every withdrawal list that was in force, `DIGEST.txt` each."""
+        return self.state / "ledger" / "withdrawn"
+
+    @property
+    def certificates(self) -> Path:
+        """Folder of certificates, `SESSION.jws` each."""
+        return self.state / "certificates"
+
+    @property
+    def signing_key_path(self) -> Path:
+        """Signs ledger entries and certificates; the public one lies beside it as site.pub."""
+        return self.state / "keys" / "site.key"
+
+    @property
     def split_key_path(self) -> Path:
         return self.state / "keys" / "split.key"
 

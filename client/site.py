@@ -7,13 +7,16 @@ import secrets
 
 import torch
 
-from client.cohort import load_cohort
+from client.certify import Issuer
+from client.cohort import load_records
 from client.ledger import Ledger
 from client.policy import PolicyReader, signature
 from client.settings import SiteFolder
 from client.vault import Holdings, Vault
+from client.withdrawal import WithdrawnReader
 from common.errors import SiteError
 from common.files import read_bounded
+from common.keys import make_signing_key, read_signing_key
 from common.privacy.noise import OperatingSystem, Randomness
 
 SPLIT_KEY_BYTES = 32
@@ -34,25 +37,28 @@ def open_vault(
     Args:
         randomness: the operating system's, unless a simulation says otherwise.
         split_key: instead of the site's own secret (simulations).
-        durable: fsync the ledger (simulations do without).
+        durable: fsync the ledger and pad the time of answers (simulations do without).
 
     Raises:
-        SiteError: if the split key is absent or unsafe.
-        LedgerError: if the ledger is corrupt or held by another vault.
+        SiteError: if a key is absent or unsafe.
+        LedgerError: if the ledger is corrupt, older than something else in the folder, or held by another
+            vault.
     """
     torch.set_num_threads(1)
-    key = split_key or read_split_key(folder)
-    reader = PolicyReader(folder)
+    key, signing = split_key or read_split_key(folder), read_signing_key(folder.signing_key_path)
+    reader, drawn = PolicyReader(folder), randomness or OperatingSystem()
     holdings = Holdings(
         site=folder.name,
         public_size=folder.file.site.public_size,
         policy=reader.policy,
         study=reader.study,
-        cohort=lambda study: load_cohort(folder, study, key),
+        records=lambda study: load_records(folder, study, key),
         version=lambda: signature(folder.data_path),
+        withdrawn=WithdrawnReader(folder, key),
     )
-    ledger = Ledger(folder.ledger_path, folder.replies, durable=durable)
-    return Vault(holdings, ledger, randomness or OperatingSystem())
+    ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable)
+    issuer = Issuer(folder.name, signing, folder.certificates)
+    return Vault(holdings, ledger, drawn, issuer, padded=durable)
 
 
 def read_split_key(folder: SiteFolder) -> bytes:
@@ -70,8 +76,9 @@ def read_split_key(folder: SiteFolder) -> bytes:
     return key
 
 
-def make_split_key(folder: SiteFolder) -> None:
-    """Make the split secret, once; an existing one is left alone."""
+def make_site_keys(folder: SiteFolder) -> None:
+    """Make the split secret and the signing key, once; existing ones are left alone."""
+    make_signing_key(folder.signing_key_path)
     folder.split_key_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         descriptor = os.open(folder.split_key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

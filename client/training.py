@@ -5,14 +5,15 @@ A trainer stays warm between rounds: tensors, network and plan are made once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
 from client.cohort import Cohort, Patients
-from client.dpsgd import ClippedGradients, batch_of, draw_batch, noised_mean
+from client.dpsgd import ClippedGradients, batch_of, draw_batch, drawn_ahead, noised_mean
+from client.withdrawal import NOBODY, Withdrawn
 from common.errors import Refused
 from common.messages import Arrays
 from common.metrics import histograms
@@ -31,10 +32,19 @@ class Trainer:
     Args:
         cohort: its tensors, grouped by patient.
         plan: what `plan_study` made for this site.
+        withdrawn: whose consent is withdrawn by now; asked before each private step.
     """
 
-    def __init__(self, study: Study, cohort: Cohort, plan: StudyPlan) -> None:
+    def __init__(
+        self,
+        study: Study,
+        cohort: Cohort,
+        plan: StudyPlan,
+        withdrawn: Callable[[], Withdrawn] = lambda: NOBODY,
+    ) -> None:
         self.study, self.cohort, self.plan = study, cohort, plan
+        self._withdrawn = withdrawn
+        self._consenting: tuple[Patients, Withdrawn, Patients] | None = None
         self._network = study_model(study)
         self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
 
@@ -53,20 +63,24 @@ class Trainer:
     def _private_steps(
         self, clipped: ClippedGradients, optimizer: torch.optim.Optimizer, sampling: Stream, noise: Stream
     ) -> None:
-        step, patients = self.plan.step, self.cohort.train
-        for _ in range(self.plan.steps_per_round):
-            batch = draw_batch(patients, step, sampling)
-            gradient = noised_mean(clipped.sum(patients, batch, step.clipping_norm or 0.0), step, noise)
-            offset = 0
-            for parameter in clipped.parameters:
-                piece = gradient[offset : offset + parameter.numel()]
-                parameter.grad = piece.view_as(parameter)
-                offset += parameter.numel()
-            optimizer.step()
+        step = self.plan.step
+        with drawn_ahead(noise, clipped.size) as normals:
+            for _ in range(self.plan.steps_per_round):
+                patients = self._who_consents(self.cohort.train)
+                batch = draw_batch(patients, step, sampling)
+                normals.begin()
+                total = clipped.sum(patients, batch, step.clipping_norm or 0.0)
+                gradient = noised_mean(total, step, normals)
+                offset = 0
+                for parameter in clipped.parameters:
+                    piece = gradient[offset : offset + parameter.numel()]
+                    parameter.grad = piece.view_as(parameter)
+                    offset += parameter.numel()
+                optimizer.step()
 
     def _plain_steps(self, optimizer: torch.optim.Optimizer, sampling: Stream) -> None:
         """Ordinary mini-batches of shuffled patients, over and over; for cohorts that are public."""
-        patients, step = self.cohort.train, self.plan.step
+        patients, step = self._who_consents(self.cohort.train), self.plan.step
         size = max(1, round(step.divisor))
         if step.sample_rate == 1:
             size = len(patients)
@@ -85,8 +99,16 @@ class Trainer:
     def evaluate(self, parameters: Arrays, bins: int) -> dict[str, np.ndarray]:
         """Exact histograms of the test patients' scores (common/metrics); noise is the caller's."""
         self._load(parameters)
-        patients = self.cohort.test
-        return histograms(self.study, self._scores(patients), patients.labels, shares(patients), bins)
+        patients = self._who_consents(self.cohort.test)
+        found = self._scores(patients)
+        return histograms(self.study, found, patients.labels, shares(patients), bins, patients.groups)
+
+    def _who_consents(self, patients: Patients) -> Patients:
+        listed = self._withdrawn()
+        known = self._consenting
+        if known is None or known[0] is not patients or known[1] is not listed:
+            known = self._consenting = patients, listed, patients.without(listed.patients)
+        return known[2]
 
     @torch.no_grad()
     def _scores(self, patients: Patients) -> torch.Tensor:

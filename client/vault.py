@@ -1,28 +1,48 @@
 """The vault: a hospital's data, policy, ledger and warm models, and the one way in.
 
-Every request takes the same path: decode → policy → stored reply? → reserve (on disk) → data →
-commit (on disk) → reply. Whatever goes wrong becomes a refusal that tells nothing about patients.
+Every request takes the same path: decode → is the ledger the latest? → policy → stored reply? → reserve
+(on disk) → data → commit (on disk) → reply. Whatever goes wrong becomes a refusal that tells nothing about
+patients.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from client.cohort import Cohort
-from client.ledger import Ledger, Reservation
+from client.certify import Issuer
+from client.cohort import Records, cohort_of
+from client.ledger import Committed, Ledger
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
+from client.reservation import Reservation
+from client.statistics import patient_sums
 from client.training import Trainer, refuse_other_parameters
-from common.errors import FedwardError, MessageError, Refused
-from common.messages import Arrays, Job, JobHeader, Reply, ReplyHeader, decode, encode
+from client.withdrawal import NOBODY, Withdrawn
+from common.errors import FedwardError, MessageError, PolicyForbids, Refused, RolledBack, SiteError
+from common.messages import (
+    STATISTICS_ROUND,
+    Arrays,
+    Job,
+    JobHeader,
+    Reply,
+    ReplyHeader,
+    asked,
+    decode,
+    encode,
+    released,
+)
 from common.metrics import EXACT_BINS
 from common.models import study_model
+from common.privacy.certificate import LedgerClaims
 from common.privacy.noise import Randomness, Stream
 from common.privacy.plan import StudyPlan, plan_study
+from common.schema import Scaling, refuse_other_scaling
+from common.statistics import describe
 from common.study import Study
 
 log = logging.getLogger("fedward.vault")
@@ -35,16 +55,35 @@ class Holdings:
     Attributes:
         policy: the policy as it stands on disk now.
         study: digest → the approved study.
-        cohort: study → its data, grouped by patient.
-        version: changes when the data behind `cohort` changes.
+        records: study → its records, checked.
+        version: changes when the data behind `records` change.
+        withdrawn: whose consent is withdrawn by now.
     """
 
     site: str
     public_size: int
     policy: Callable[[], Policy]
     study: Callable[[str], Study]
-    cohort: Callable[[Study], Cohort]
+    records: Callable[[Study], Records]
     version: Callable[[], object] = lambda: None
+    withdrawn: Callable[[], Withdrawn] = lambda: NOBODY
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One request that may be answered, with all that answering it needs.
+
+    Attributes:
+        resumed: it was reserved by an attempt that failed, perhaps after rows were read.
+    """
+
+    job: Job
+    study: Study
+    plan: StudyPlan
+    reservation: Reservation
+    head: str
+    tells_metrics: bool
+    resumed: bool
 
 
 class Vault:
@@ -52,12 +91,26 @@ class Vault:
 
     Args:
         randomness: where noise and sampling come from.
+        issuer: signs certificates.
+        padded: make every answer of a study take a multiple of the time that it declares.
     """
 
-    def __init__(self, holdings: Holdings, ledger: Ledger, randomness: Randomness) -> None:
+    def __init__(
+        self,
+        holdings: Holdings,
+        ledger: Ledger,
+        randomness: Randomness,
+        issuer: Issuer,
+        *,
+        padded: bool = True,
+    ) -> None:
         self._holdings, self._ledger, self.randomness = holdings, ledger, randomness
-        self._trainers: dict[tuple[str, object], Trainer] = {}
+        self._issuer, self._padded = issuer, padded
+        self._records: dict[tuple[str, object], Records] = {}
+        self._trainers: dict[tuple[str, object, bytes], Trainer] = {}
         self._models: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._touched = False  # whether this request's work came near a row
+        self._now = 0.0  # the latest time that was seen
         self._lock = threading.Lock()
 
     @property
@@ -65,106 +118,205 @@ class Vault:
         return self._holdings.site
 
     def answer(self, request: bytes) -> bytes:
-        """Answer one request; never raises."""
+        """Answer one request; never raises. Takes a multiple of the study's `reply_seconds`."""
+        began = time.monotonic()
         with self._lock:
-            try:
-                return self._answer(request)
-            except Refused as error:
-                log.info("refused: %s", error.message)
-                return encode(refusal(self.site, error))
-            except FedwardError as error:
-                log.error("%s: %s", error.code, error)
-                return encode(refusal(self.site, error))
-            except Exception as error:
-                log.error("unforeseen %s", type(error).__name__)
-                return encode(refusal(self.site, error))
-
-    def _answer(self, request: bytes) -> bytes:
-        job = decode(request)
-        if not isinstance(job, Job):
-            raise MessageError("a vault takes jobs only", remedy="the coordinator must send a job")
-        header = job.header
-        approval = self._holdings.policy().approval(header.study)
-        study = self._holdings.study(header.study)
-        self._check(job, study, approval)
-        refuse_other_parameters(job.parameters, self._shapes(study))
-        digest = hashlib.sha256(request).hexdigest()
-        stored = self._ledger.stored_reply(header.session, header.round, digest)
-        if stored is not None:
-            return stored
-        plan = plan_study(study, self._holdings.public_size)
-        reservation = self._reservation(job, study, plan, digest)
-        self._ledger.reserve(reservation, approval)
-        reply = self._outcome(job, study, plan, reservation)
-        self._ledger.commit(reservation, reply)
+            step, reply = self._guarded(request)
+        if step > 0 and self._padded:
+            late = time.monotonic() - began
+            time.sleep(math.ceil(late / step) * step - late)
         return reply
 
-    def _outcome(self, job: Job, study: Study, plan: StudyPlan, reservation: Reservation) -> bytes:
-        """The reply, or a refusal that came of the work. Either is kept: a second run of a paid round
-        would draw fresh noise, and its outcome would be a second release."""
+    def _guarded(self, request: bytes) -> tuple[float, bytes]:
+        """Seconds of which the answer shall take a multiple, and the answer."""
+        step = 0.0
         try:
-            return encode(self._work(job, study, plan, reservation))
+            job = decode(request)
+            if not isinstance(job, Job):
+                raise MessageError("a vault takes jobs only", remedy="the coordinator must send a job")
+            self._refuse_rolled_back(job.header)
+            policy = self._holdings.policy()
+            self._ledger.note(policy)
+            # A clock that is put back revives nothing.
+            self._now = max(self._now, time.time(), self._ledger.account.last_time)
+            approval = policy.approval(job.header.study, self._now)
+            study = self._holdings.study(job.header.study)
+            step = study.privacy.reply_seconds
+            return step, self._answer(job, study, policy, approval)
         except Refused as error:
             log.info("refused: %s", error.message)
-            return encode(refusal(self.site, error))
-        except BaseException:
-            self._trainers.clear()  # it may hold gradients of the patients it was at
-            raise
+            return step, encode(refusal(self.site, error))
+        except FedwardError as error:
+            log.error("%s: %s", error.code, error)
+            return step, encode(refusal(self.site, error))
+        except Exception as error:
+            log.error("unforeseen %s", type(error).__name__)
+            return step, encode(refusal(self.site, error))
 
-    def _check(self, job: Job, study: Study, approval: Approval) -> None:
-        header = job.header
+    def _answer(self, job: Job, study: Study, policy: Policy, approval: Approval) -> bytes:
+        header, size = job.header, self._holdings.public_size
+        self._check(header, study, approval)
+        self._check_arrays(job, study)
+        plan = plan_study(study, size, policy.limits(approval))
+        policy.refuse_below_floors(study, plan, size)
+        request = asked(job)
+        stored = self._ledger.stored_reply(header.session, header.round, request)
+        if stored is not None:
+            return stored
+        work = self._reserved(job, study, plan, policy, approval, request)
+        reply, numbers = self._outcome(work)
+        self._ledger.commit(work.reservation, reply, numbers, self._holdings.withdrawn().digest)
+        return reply
+
+    def _refuse_rolled_back(self, header: JobHeader) -> None:
+        anchor = header.anchors.get(self.site)
+        if anchor is not None and not self._ledger.knows(anchor):
+            raise RolledBack(
+                "this site's ledger lacks an entry that the coordinator has seen",
+                remedy="the site's operator must restore the latest ledger before it can take part",
+            )
+
+    def _check(self, header: JobHeader, study: Study, approval: Approval) -> None:
         if header.round > study.algorithm.rounds + 1:
             raise Refused(
                 f"round {header.round} of a study with {study.algorithm.rounds} rounds",
                 remedy="start a new session",
             )
+        if header.round == STATISTICS_ROUND and study.statistics is None:
+            raise Refused("statistics that the study doesn't ask for", remedy="add [statistics] to the study")
         if header.metrics == "exact":
             approval.refuse_unprotected("an exact metric")
         if not study.private:
             approval.refuse_unprotected("a study without privacy")
 
-    def _reservation(self, job: Job, study: Study, plan: StudyPlan, request: str) -> Reservation:
+    def _check_arrays(self, job: Job, study: Study) -> None:
+        """What the coordinator sent must fit the study, before anything is spent."""
+        statistics = job.header.round == STATISTICS_ROUND
+        refuse_other_parameters(job.parameters, {} if statistics else self._shapes(study))
+        _scaling(job, study)
+
+    def _reserved(
+        self, job: Job, study: Study, plan: StudyPlan, policy: Policy, approval: Approval, request: str
+    ) -> _Work:
         header = job.header
-        trains = header.round <= study.algorithm.rounds
-        evaluates = study.evaluates_in(header.round) and header.metrics == "private"
-        return Reservation(
+        statistics = header.round == STATISTICS_ROUND
+        trains = not statistics and header.round <= study.algorithm.rounds
+        evaluates = not statistics and study.evaluates_in(header.round) and "evaluation" in policy.releases
+        if statistics:
+            policy.refuse_release("statistics")
+        if trains:
+            policy.refuse_release("training")
+        exact = header.metrics == "exact" or not plan.private
+        epsilon, delta = (plan.epsilon, plan.delta) if plan.private else (None, None)
+        if statistics:
+            epsilon, delta = plan.statistics_epsilon, plan.statistics_delta
+        reservation = Reservation(
             session=header.session,
             round=header.round,
             study=study.digest,
             request=request,
+            public_size=self._holdings.public_size,
+            plan=plan,
             training=plan.training_event() if plan.private and trains else None,
-            evaluation=plan.evaluation_event() if plan.private and evaluates else None,
-            session_epsilon=plan.epsilon if plan.private else None,
-            session_delta=plan.delta if plan.private else None,
+            evaluation=plan.evaluation_event(header.round) if evaluates and not exact else None,
+            statistics=plan.statistics_event() if statistics else None,
+            epsilon=epsilon,
+            delta=delta,
+            exact=exact and evaluates,
+            protective=self.randomness.protective,
+            policy=policy.digest,
+            withdrawn=self._holdings.withdrawn().digest,
         )
+        resumed = self._ledger.has_reserved(reservation)
+        head = self._ledger.reserve(reservation, approval, policy)
+        return _Work(job, study, plan, reservation, head, evaluates, resumed)
 
-    def _work(self, job: Job, study: Study, plan: StudyPlan, reservation: Reservation) -> Reply:
-        header = job.header
-        trainer = self._trainer(study, plan)
+    def _outcome(self, work: _Work) -> tuple[bytes, str]:
+        """The reply with the digest of its numbers, or a refusal that came of the work. Either is kept: a
+        second run of a paid round would draw fresh noise, and its outcome would be a second release. What
+        failed before any row was read is given back."""
+        self._touched = work.resumed
+        try:
+            reply = self._work(work)
+            return encode(reply), released(reply.update, reply.metrics)
+        except Refused as error:
+            log.info("refused: %s", error.message)
+            return encode(refusal(self.site, error)), ""
+        except BaseException:
+            self._trainers.clear()  # it may hold gradients of the patients it was at
+            if not self._touched:
+                self._ledger.abandon(work.reservation)
+            raise
+
+    def _work(self, work: _Work) -> Reply:
         update: Arrays = {}
         metrics: Arrays = {}
-        exact = header.metrics == "exact" or not plan.private
-        if study.evaluates_in(header.round):
-            metrics = trainer.evaluate(job.parameters, EXACT_BINS if exact else study.evaluation.bins)
-            if not exact:
-                metrics = noised_histograms(metrics, plan.histogram, self._stream("evaluation", header))
-        if header.round <= study.algorithm.rounds:
-            sampling, noise = self._stream("sampling", header), self._stream("noise", header)
-            update = finite(trainer.train(job.parameters, sampling, noise))
+        told = work.reservation
+        if told.round == STATISTICS_ROUND:
+            metrics = self._statistics(work)
+        else:
+            trainer = self._trainer(work)
+            if work.tells_metrics:
+                metrics = self._metrics(work, trainer)
+            if told.round <= work.plan.rounds:
+                sampling, noise = self._stream("sampling", told), self._stream("noise", told)
+                update = finite(trainer.train(work.job.parameters, sampling, noise))
         return Reply(
             ReplyHeader(
-                session=header.session,
-                round=header.round,
-                study=study.digest,
+                session=told.session,
+                round=told.round,
+                study=told.study,
                 site=self.site,
-                weight=study.public_training_size(self._holdings.public_size),
-                training=reservation.training,
-                evaluation=reservation.evaluation,
-                exact=exact and bool(metrics),
+                weight=work.study.public_training_size(told.public_size),
+                training=told.training,
+                evaluation=told.evaluation,
+                statistics=told.statistics,
+                exact=told.exact,
+                head=work.head,
+                certificate=self._certificate(work, released(update, metrics)),
             ),
             update,
             metrics,
         )
+
+    def _metrics(self, work: _Work, trainer: Trainer) -> Arrays:
+        told = work.reservation
+        if told.exact:
+            return trainer.evaluate(work.job.parameters, EXACT_BINS)
+        metrics = trainer.evaluate(work.job.parameters, work.study.evaluation.bins)
+        return noised_histograms(
+            metrics, work.plan.histogram_of(told.round), self._stream("evaluation", told)
+        )
+
+    def _statistics(self, work: _Work) -> Arrays:
+        """Noised sums over all patients, unless they seem to be of too few.
+
+        Raises:
+            PolicyForbids: if the noised number of patients is below the policy's minimum.
+        """
+        if work.plan.statistics is None:
+            raise Refused("statistics that the study doesn't ask for", remedy="add [statistics] to the study")
+        records = self._read(work.study).without(self._holdings.withdrawn().patients)
+        sums = patient_sums(work.study, records.coded, records.patients)
+        noised = noised_histograms(sums, work.plan.statistics, self._stream("statistics", work.reservation))
+        least = self._holdings.policy().floors.minimum_patients
+        deviation = work.plan.statistics.noise_multiplier * work.plan.statistics.sensitivity
+        if describe(work.study, noised, [deviation], least).patients is None:
+            raise PolicyForbids(
+                f"statistics of what may be fewer than {least} patients, by their noised count",
+                remedy="ask the site's privacy officer",
+            )
+        return noised
+
+    def _certificate(self, work: _Work, numbers: str) -> str | None:
+        """With the session's end: what left in it, this reply included."""
+        told = work.reservation
+        if told.round != work.plan.rounds + 1:
+            return None
+        before = [c for c in self._ledger.account.answered(told.session) if c.reservation.key != told.key]
+        now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head)
+        ledger = LedgerClaims(sequence=self._ledger.sequence, head=self._ledger.head)
+        return self._issuer.issue(work.study, [*before, now], ledger)
 
     def _shapes(self, study: Study) -> dict[str, tuple[int, ...]]:
         if study.digest not in self._models:
@@ -172,17 +324,55 @@ class Vault:
             self._models = {study.digest: {n: tuple(p.shape) for n, p in network.named_parameters()}}
         return self._models[study.digest]
 
-    def _stream(self, purpose: str, header: JobHeader) -> Stream:
-        return self.randomness.stream(purpose, self.site, header.study, header.round)
+    def _stream(self, purpose: str, told: Reservation) -> Stream:
+        return self.randomness.stream(purpose, self.site, told.study, told.round)
 
-    def _trainer(self, study: Study, plan: StudyPlan) -> Trainer:
+    def _read(self, study: Study) -> Records:
         key = study.digest, self._holdings.version()
+        records = self._records.get(key)
+        if records is None:
+            self._records.clear()  # one study at a time bounds memory
+            try:
+                records = self._records[key] = self._holdings.records(study)
+            except SiteError:  # the site's files are wrong, which shows before any row is read
+                raise
+            except BaseException:
+                self._touched = True
+                raise
+        self._touched = True
+        return records
+
+    def _trainer(self, work: _Work) -> Trainer:
+        study = work.study
+        scaling = _scaling(work.job, study)
+        scaled = scaling.mean.tobytes() + scaling.deviation.tobytes() if scaling else b""
+        key = study.digest, self._holdings.version(), scaled
         trainer = self._trainers.get(key)
-        if trainer is None:
+        self._touched |= trainer is not None
+        if trainer is None or trainer.plan != work.plan:
             self._trainers.clear()  # one warm study at a time bounds memory
-            trainer = self._trainers[key] = Trainer(study, self._holdings.cohort(study), plan)
+            cohort = cohort_of(self._read(study), study, scaling)
+            if study.statistics is None:
+                self._records.clear()  # the tensors suffice from here on
+            trainer = self._trainers[key] = Trainer(study, cohort, work.plan, self._holdings.withdrawn)
         return trainer
 
     def close(self) -> None:
         """Let the ledger go."""
         self._ledger.close()
+
+
+def _scaling(job: Job, study: Study) -> Scaling | None:
+    """What the coordinator made of all sites' statistics, if the study scales by moments.
+
+    Raises:
+        Refused: if it is absent, not asked for, or of another form.
+    """
+    wanted = study.data.scaling == "moments" and job.header.round != STATISTICS_ROUND
+    if set(job.scaling) != ({"mean", "deviation"} if wanted else set()):
+        raise Refused("a scaling that the study doesn't ask for, or none", remedy="update the coordinator")
+    if not wanted:
+        return None
+    scaling = Scaling(job.scaling["mean"], job.scaling["deviation"])
+    refuse_other_scaling(scaling, study)
+    return scaling

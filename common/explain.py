@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.privacy.plan import StudyPlan, plan_study
+from common.privacy.plan import NO_LIMITS, Limits, StudyPlan, plan_study
 from common.study import CategoricalColumn, Study
 
 
@@ -24,7 +24,10 @@ def explain(study: Study, parameters: int) -> Explanation:
         parameters: numbers in the model.
     """
     data, training = study.data, study.training
-    classes = " / ".join(c.name for c in data.label.classes)
+    number = data.label.number
+    learnt = " / ".join(c.name for c in data.label.classes)
+    if number is not None:
+        learnt = f"a number, {number.range[0]:g} to {number.range[1]:g} {number.unit}"
     rule = {
         "refuse": "is an error",
         "indicator": "is replaced by a public default and flagged",
@@ -38,7 +41,7 @@ def explain(study: Study, parameters: int) -> Explanation:
     steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} epochs"
     lines = [
         f"Study {study.name} ({study.title}), digest {study.digest[:12]}.",
-        f"Learns: {data.label.column} ({classes}), with {study.model.name}, {parameters:,} numbers.",
+        f"Learns: {data.label.column} ({learnt}), with {study.model.name}, {parameters:,} numbers.",
         f"From: {_columns(study)}.",
         f"A missing value {rule}, unless its column says otherwise.",
         f"Patients are split {split}.",
@@ -68,28 +71,48 @@ def _privacy(study: Study) -> list[str]:
             "Privacy: NONE. The update of every round leaves as it is, and the metrics are exact.",
             "A deployed site refuses this, unless its policy says that its cohort is public anyway.",
         ]
-    return [
+    of = "errors" if study.data.label.number else "scores"
+    groups = study.evaluation.subgroups
+    by = f", also by {' and '.join(groups)}" if groups else ""
+    lines = [
         f"Privacy: (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) for each patient over a session, "
         f"whatever the others' data are; a patient's records count together.",
         f"How: a patient's gradient is clipped to norm {privacy.clipping_norm:g}; the site adds noise.",
         f"Leaves the site: {study.algorithm.rounds} noised updates and {study.evaluations} noised "
-        f"histograms of scores ({study.evaluation.bins} bins). Rows, ids and exact counts stay.",
+        f"histograms of {of} ({study.evaluation.bins} bins{by}). Rows, ids and exact counts stay.",
     ]
+    if study.statistics is not None:
+        asked = study.statistics
+        use = "to scale numbers by" if study.data.scaling == "moments" else "to describe the cohort, if asked"
+        lines.append(
+            f"Also leaves: noised counts, means, variances and histograms of every column, {use}, for "
+            f"(ε = {asked.epsilon:g}, δ = {asked.delta:g}) more."
+        )
+    return lines
 
 
-def explain_cost(study: Study, public_size: int) -> str:
+def explain_cost(study: Study, public_size: int, limits: Limits = NO_LIMITS) -> str:
     """What one session costs at a site of that public size, in one sentence.
 
     Raises:
         StudyError: if no noise meets the study's target there.
     """
-    plan: StudyPlan = plan_study(study, public_size)
+    plan: StudyPlan = plan_study(study, public_size, limits)
     step = plan.step
     batch = f"{step.divisor:.0f} patients a step (sampling rate {step.sample_rate:.3g})"
     if not plan.private:
         return f"{plan.rounds * plan.steps_per_round} steps of about {batch}, without privacy"
-    return (
+    final = plan.final_histogram
+    cost = (
         f"ε = {plan.epsilon:.3f} at δ = {plan.delta:g}: {plan.rounds * plan.steps_per_round} steps of about "
-        f"{batch}, noise multiplier {step.noise_multiplier:g}; {plan.evaluations} evaluations, noise "
-        f"{plan.histogram.noise_multiplier * plan.histogram.sensitivity:.3g} patients a histogram cell"
+        f"{batch}, clipping norm {step.clipping_norm:g}, noise multiplier {step.noise_multiplier:g}; "
+        f"{plan.evaluations} evaluations, noise {final.noise_multiplier * final.sensitivity:.3g} patients a "
+        f"histogram cell at the end"
+    )
+    if plan.statistics is None:
+        return cost
+    noise = plan.statistics.noise_multiplier * plan.statistics.sensitivity
+    return (
+        f"{cost}; statistics, once, ε = {plan.statistics_epsilon:.3f} at δ = {plan.statistics_delta:g}, "
+        f"noise {noise:.3g} patients a cell"
     )

@@ -1,8 +1,9 @@
-"""An append-only, hash-chained, fsynced log: one JSON object a line.
+"""An append-only, hash-chained, signed, fsynced log: one JSON object a line.
 
-Each entry holds the hash of the one before, so that no entry can be changed, dropped or moved without
-breaking the chain. A last line without its end is the trace of a crash during `append`: nobody was told
-that it was written, so it is set aside. Any other damage is refused.
+Each entry holds the hash of the one before and a signature over its own, so that no entry can be changed,
+dropped or moved without breaking the chain, nor made without the key. That its *end* is missing only shows
+to who remembers a later head. A last line without its end is the trace of a crash during `append`: nobody
+was told that it was written, so it is set aside. Any other damage is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import LedgerError
 from common.files import canonical_json, sync_folder
+from common.keys import PublicKey, SigningKey
 
 GENESIS = "0" * 64
 
@@ -27,6 +29,7 @@ class Entry:
     """Attributes:
     time: seconds since 1970 by the machine's clock; for people, nothing relies on it.
     hash: SHA-256 over the previous hash and this entry's canonical JSON.
+    signature: Ed25519 over the hash, hexadecimal; empty in a journal without a key.
     """
 
     sequence: int
@@ -35,6 +38,7 @@ class Entry:
     body: dict[str, Any]
     previous: str
     hash: str
+    signature: str = ""
 
     def line(self) -> bytes:
         return canonical_json(vars(self)) + b"\n"
@@ -45,22 +49,28 @@ def _linked(sequence: int, at: float, kind: str, body: dict[str, Any], previous:
     return Entry(sequence, at, kind, body, previous, hashlib.sha256(canonical_json(content)).hexdigest())
 
 
-def read_journal(path: Path) -> list[Entry]:
+def read_journal(path: Path, key: PublicKey | None = None) -> list[Entry]:
     """The entries of a journal that another process may hold; none if there is no file.
 
+    Args:
+        key: whose signature every entry must have; None checks none.
+
     Raises:
-        LedgerError: if its chain is broken.
+        LedgerError: if its chain is broken, or a signature is wrong.
     """
     try:
-        return chain(path.read_bytes(), path)
+        return chain(path.read_bytes(), path, key)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise LedgerError(f"{path}: {error.strerror}", remedy="check its permissions") from None
 
 
-def chain(content: bytes, path: Path) -> list[Entry]:
+def chain(content: bytes, path: Path, key: PublicKey | None = None) -> list[Entry]:
     """The entries of a journal's whole lines, each checked against the one before.
+
+    Args:
+        key: whose signature every entry must have; None checks none.
 
     Raises:
         LedgerError: naming the first line that is not what was written.
@@ -71,7 +81,8 @@ def chain(content: bytes, path: Path) -> list[Entry]:
         try:
             entry = Entry(**json.loads(line))
             linked = _linked(number, entry.time, entry.kind, entry.body, previous)
-            sound = entry == linked and linked.line() == line + b"\n"
+            linked = replace(linked, signature=entry.signature)
+            sound = entry == linked and linked.line() == line + b"\n" and _signed(entry, key)
         except (ValueError, TypeError, RecursionError):
             sound = False
         if not sound:
@@ -83,20 +94,29 @@ def chain(content: bytes, path: Path) -> list[Entry]:
     return entries
 
 
+def _signed(entry: Entry, key: PublicKey | None) -> bool:
+    if key is None:
+        return True
+    signature = bytes.fromhex(entry.signature)
+    return signature.hex() == entry.signature and key.verifies(signature, bytes.fromhex(entry.hash))
+
+
 class Journal:
     """The one open handle on a journal file.
 
     Args:
         path: created with mode 0600 if absent; its folder must exist.
         durable: fsync each entry. Simulations, whose budgets are nobody's, do without.
+        key: signs each entry, and must have signed those that are there.
 
     Raises:
         LedgerError: if another process holds it, its chain is broken, or it can't be read.
     """
 
-    def __init__(self, path: Path, *, durable: bool = True) -> None:
+    def __init__(self, path: Path, *, durable: bool = True, key: SigningKey | None = None) -> None:
         self.path = path
         self._durable = durable
+        self._key = key
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -125,7 +145,7 @@ class Journal:
         if torn:
             self._set_aside(torn)
             os.ftruncate(self._descriptor, len(content) - len(torn))
-        return chain(content, self.path)
+        return chain(content, self.path, self._key.public if self._key else None)
 
     def _set_aside(self, torn: bytes) -> None:
         path = self.path.with_suffix(".torn")
@@ -148,6 +168,8 @@ class Journal:
         if self._descriptor < 0:
             raise LedgerError(f"{self.path}: closed", remedy="start the vault again")
         entry = _linked(len(self.entries) + 1, time.time(), kind, body, self.head)
+        if self._key is not None:
+            entry = replace(entry, signature=self._key.sign(bytes.fromhex(entry.hash)).hex())
         line = entry.line()
         before = os.fstat(self._descriptor).st_size
         try:

@@ -6,9 +6,10 @@ numbers of known shape. A `Job` goes to a site; a `Reply` or a `Refusal` comes b
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,27 +18,33 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.errors import MessageError
-from common.files import Strict
+from common.files import Strict, canonical_json
 from common.privacy.mechanism import Event
 from common.study import Slug
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]
 HEADER = "fedward"
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 8 << 20
+MAX_CERTIFICATE_CHARACTERS = 4 << 20
 DTYPES = frozenset({"float32", "float64", "int64"})
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-z][0-9a-z-]{0,63}$")]
-RoundNumber = Annotated[int, Field(ge=1, le=1_000_000)]
+RoundNumber = Annotated[int, Field(ge=0, le=1_000_000)]
+STATISTICS_ROUND = 0
+NO_HEAD = "0" * 64  # of a ledger without entries
 
 
 class JobHeader(Strict):
     """What the coordinator asks for; it carries no privacy parameter, and nothing to run.
 
     Attributes:
-        round: 1 … rounds trains; rounds + 1 evaluates the final model only.
+        round: 0 asks for the cohort's statistics; 1 … rounds trains; rounds + 1 evaluates the final model
+            only.
         metrics: `private` as the study says; `exact` for cohorts that are public anyway.
+        anchors: site → the last head of its ledger that the coordinator has seen. A site whose ledger
+            lacks it was put back to an older copy.
     """
 
     kind: Literal["job"] = "job"
@@ -45,6 +52,7 @@ class JobHeader(Strict):
     round: RoundNumber
     study: Digest
     metrics: Literal["private", "exact"] = "private"
+    anchors: dict[Slug, Digest] = Field(default_factory=dict)
 
 
 class ReplyHeader(Strict):
@@ -53,7 +61,10 @@ class ReplyHeader(Strict):
     Attributes:
         weight: training patients that the declared public size stands for.
         training, evaluation: what this round cost training and test patients.
+        statistics: what it cost all patients.
         exact: the metrics carry no noise, because the site's policy calls the cohort public.
+        head: of the site's ledger, with this round's reservation as its last entry.
+        certificate: with the final evaluation: what the site promises for the session (JWS).
     """
 
     kind: Literal["reply"] = "reply"
@@ -64,7 +75,10 @@ class ReplyHeader(Strict):
     weight: Annotated[int, Field(ge=1)]
     training: Event | None = None
     evaluation: Event | None = None
+    statistics: Event | None = None
     exact: bool = False
+    head: Digest = NO_HEAD
+    certificate: Annotated[str, Field(max_length=MAX_CERTIFICATE_CHARACTERS)] | None = None
 
 
 class RefusalHeader(Strict):
@@ -80,18 +94,20 @@ class RefusalHeader(Strict):
 @dataclass(frozen=True)
 class Job:
     """Attributes:
-    parameters: the global model, name → array.
+    parameters: the global model, name → array; empty if statistics are asked for.
+    scaling: `mean` and `deviation` of the numeric sources, where the study scales by moments.
     """
 
     header: JobHeader
     parameters: Arrays
+    scaling: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Reply:
     """Attributes:
     update: local minus global parameters, name → array; empty if only evaluated.
-    metrics: histograms, name → array; empty if not evaluated.
+    metrics: histograms (or statistics), name → array; empty if not evaluated.
     """
 
     header: ReplyHeader
@@ -113,7 +129,7 @@ def encode(message: Job | Reply | Refusal) -> bytes:
     """A message as bytes; `decode` gives it back."""
     arrays: dict[str, Array] = {}
     if isinstance(message, Job):
-        arrays = _prefixed("parameters", message.parameters)
+        arrays = _prefixed("parameters", message.parameters) | _prefixed("scaling", message.scaling)
     elif isinstance(message, Reply):
         arrays = _prefixed("update", message.update) | _prefixed("metrics", message.metrics)
     return save(arrays, metadata={HEADER: message.header.model_dump_json()})
@@ -127,13 +143,37 @@ def decode(content: bytes) -> Job | Reply | Refusal:
     """
     header, arrays = _parts(content)
     if isinstance(header, JobHeader):
-        return Job(header, _group("parameters", arrays, {"parameters"}))
+        groups = {"parameters", "scaling"}
+        return Job(header, _group("parameters", arrays, groups), _group("scaling", arrays, groups))
     if isinstance(header, ReplyHeader):
         groups = {"update", "metrics"}
         return Reply(header, _group("update", arrays, groups), _group("metrics", arrays, groups))
     if arrays:
         raise MessageError("a refusal carries no arrays", remedy="update the site's software")
     return Refusal(header)
+
+
+def asked(job: Job) -> str:
+    """SHA-256 of what a job asks for: all of it but its anchors, which say nothing about the work."""
+    header = job.header.model_dump(mode="json", exclude={"anchors"})
+    arrays = _prefixed("parameters", job.parameters) | _prefixed("scaling", job.scaling)
+    return _digest(canonical_json(header), arrays)
+
+
+def released(update: Arrays, metrics: Arrays) -> str:
+    """SHA-256 of the numbers that left with a reply, 64 hexadecimal digits."""
+    return _digest(b"released", _prefixed("update", update) | _prefixed("metrics", metrics))
+
+
+def _digest(what: bytes, arrays: Arrays) -> str:
+    """Each array counts with its name, type, shape and bytes (little-endian, C order)."""
+    digest = hashlib.sha256(what)
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        head = canonical_json([name, str(array.dtype), list(array.shape)])
+        digest.update(len(head).to_bytes(8, "little") + head)
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return digest.hexdigest()
 
 
 def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dict[str, Array]]:
@@ -157,8 +197,10 @@ def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dic
 
 
 def _named(kind: str, place: tuple[int | str, ...]) -> str:
-    """An error in a header by its place; the name of an unknown field is the sender's, so it goes."""
+    """An error in a header by its place; names of unknown fields and sites are the sender's, so they go."""
     known = place[:-1] if kind == "extra_forbidden" else place
+    if "anchors" in known:
+        known = known[: known.index("anchors") + 1]
     return f"{'.'.join(str(p) for p in known)}: {kind}"
 
 

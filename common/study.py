@@ -24,6 +24,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 MissingRule = Literal["refuse", "indicator", "exclude"]
+MOST_GROUPS = 32
 
 
 class NumericColumn(Strict):
@@ -108,11 +109,50 @@ class LabelClass(Strict):
 
 
 class Label(Strict):
-    """What is learnt: class i is predicted as index i; in binary studies class 1 is the positive one."""
+    """What is learnt: one of several classes, or a number. Give `classes`, or `range` and `unit`.
+
+    Attributes:
+        classes: class i is predicted as index i; in binary studies class 1 is the positive one.
+        range: of a number; public, because it bounds what one patient adds to the released errors. It is
+            scaled linearly to [-1, 1]; a value outside is a violation; predictions are kept within it.
+        unit: of a number, as for a numeric column.
+    """
 
     column: Name
     description: str = ""
-    classes: Annotated[tuple[LabelClass, ...], Field(min_length=2, max_length=4096)]
+    classes: Annotated[tuple[LabelClass, ...], Field(max_length=4096)] = ()
+    range: tuple[Finite, Finite] | None = None
+    unit: str | None = None
+
+    @property
+    def number(self) -> NumericColumn | None:
+        """The label as a numeric column that refuses missing values; None for classes."""
+        if self.range is None or self.unit is None:
+            return None
+        return NumericColumn(
+            kind="numeric", name=self.column, unit=self.unit, range=self.range, missing="refuse"
+        )
+
+    @property
+    def width(self) -> float:
+        """Of the range, in the label's unit.
+
+        Raises:
+            ValueError: if the label is a class.
+        """
+        if self.range is None:
+            raise ValueError(f"label {self.column}: a class has no range")
+        return self.range[1] - self.range[0]
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.classes) == (self.range is not None) or (self.range is None) != (self.unit is None):
+            raise ValueError(f"label {self.column}: give `classes`, or `range` and `unit` of a number")
+        if len(self.classes) == 1:
+            raise ValueError(f"label {self.column}: classes must be two at least, got one")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"label {self.column}: range must rise, got {list(self.range)}")
+        return self
 
     @model_validator(mode="after")
     def _disjoint(self) -> Self:
@@ -142,8 +182,17 @@ class Split(Strict):
 
 
 class Data(Strict):
+    """The data dictionary.
+
+    Attributes:
+        scaling: `ranges` scales numbers linearly by the dictionary's public intervals, free of charge;
+            `moments` by means and standard deviations of all sites, which are differentially private and
+            charged (`[statistics]`).
+    """
+
     patient_key: Name = "patient_id"
     missing: MissingRule = "refuse"
+    scaling: Literal["ranges", "moments"] = "ranges"
     columns: Annotated[tuple[Column, ...], Field(min_length=1, max_length=4096)]
     label: Label
     split: Split = Split()
@@ -166,8 +215,28 @@ class Model(Strict):
 
 
 class Objective(Strict):
-    task: Literal["binary", "multi-class"]
-    loss: Literal["cross-entropy", "hinge"] = "cross-entropy"
+    """What the model is trained for.
+
+    Attributes:
+        loss: of one record (common/objectives). Where absent: `cross-entropy`; in regression `squared`.
+    """
+
+    task: Literal["binary", "multi-class", "regression"]
+    loss: Literal["cross-entropy", "hinge", "squared", "absolute"] = "cross-entropy"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_loss(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("task") == "regression":
+            return {"loss": "squared", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Self:
+        fitting = ("squared", "absolute") if self.task == "regression" else ("cross-entropy", "hinge")
+        if self.loss not in fitting:
+            raise ValueError(f"objective: {self.task} takes the loss {' or '.join(fitting)}, not {self.loss}")
+        return self
 
 
 class Optimizer(Strict):
@@ -210,12 +279,17 @@ class Privacy(Strict):
 
     `patient-dp`: (epsilon, delta) differential privacy, unit = patient, add/remove one patient.
     `none`: no protection; a deployed site refuses unless its policy says the cohort is public anyway.
+
+    Attributes:
+        reply_seconds: a deployed site answers a multiple of so many seconds after it was asked, so that
+            the time tells little about its data; 0 = as soon as it can.
     """
 
     mode: Literal["patient-dp", "none"]
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
     clipping_norm: Positive | None = None
+    reply_seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -227,27 +301,53 @@ class Privacy(Strict):
         return self
 
 
+class Statistics(Strict):
+    """Differentially private statistics of the cohort, for its description and for scaling by moments.
+
+    They are charged besides the privacy target: ε and δ of both add up.
+
+    Attributes:
+        epsilon, delta: what one description costs each patient.
+        bins: cells of a numeric column's histogram over its range; even.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, le=100)]
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 20
+
+
 class Algorithm(Strict):
-    """How the coordinator combines the sites' updates."""
+    """How the coordinator combines the sites' updates.
+
+    Attributes:
+        rounds: so few that a session's certificate, which lists them all, stays readable.
+    """
 
     name: Literal["fedavg"] = "fedavg"
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    rounds: Annotated[int, Field(ge=1, le=5_000)]
     server_learning_rate: Positive = 1.0
 
 
 class Evaluation(Strict):
-    """What a site tells about the test patients, as a noised score-by-label histogram.
+    """What a site tells about the test patients, as noised histograms (common/metrics).
 
     The test patients are disjoint from the training patients, so the privacy target holds for each
     group on its own (parallel composition).
 
     Attributes:
         every: evaluate the global model every so many rounds, besides the end; 0 = at the end only.
-        bins: number of score bins in [0, 1]; even, so that 0.5 is an edge.
+        bins: number of score bins in [0, 1]; even, so that 0.5 is an edge. In regression: of bins of the
+            signed error, over the width of the label's range to either side.
+        subgroups: categorical columns by whose codes the metrics are also told, of 32 codes at most. With
+            n of them, noise grows by √(1 + n), because a patient counts in each.
+        final_share: the share of the evaluations' Gaussian budget (μ² = Σ 1 / noise_multiplier²) that the
+            final one gets; the others share the rest equally. None: all get the same.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 10
+    subgroups: Annotated[tuple[Name, ...], Field(max_length=4)] = ()
+    final_share: Fraction | None = None
 
 
 class Study(Strict):
@@ -263,13 +363,37 @@ class Study(Strict):
     algorithm: Algorithm
     training: Training
     privacy: Privacy
+    statistics: Statistics | None = None
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if (self.objective.task == "regression") != (self.data.label.number is not None):
+            raise ValueError("objective: regression needs a label with range and unit, the others classes")
         if self.objective.task == "binary" and len(self.data.label.classes) != 2:
             raise ValueError(f"objective: binary needs 2 label classes, got {len(self.data.label.classes)}")
+        if self.data.scaling == "moments" and self.statistics is None:
+            raise ValueError('data: scaling = "moments" needs a [statistics] table with epsilon and delta')
         return self
+
+    @model_validator(mode="after")
+    def _subgroups_are_codes(self) -> Self:
+        names = self.evaluation.subgroups
+        if len(set(names)) != len(names):
+            raise ValueError("evaluation: subgroups name a column twice")
+        coded = {c.name: len(c.codes) for c in self.data.columns if isinstance(c, CategoricalColumn)}
+        for name in names:
+            if not 0 < coded.get(name, 0) <= MOST_GROUPS:
+                raise ValueError(
+                    f"evaluation: subgroup {name} is not a categorical column of {MOST_GROUPS} codes at most"
+                )
+        return self
+
+    @property
+    def subgroup_columns(self) -> tuple[CategoricalColumn, ...]:
+        """The columns that `evaluation.subgroups` names, in that order."""
+        coded = {c.name: c for c in self.data.columns if isinstance(c, CategoricalColumn)}
+        return tuple(coded[name] for name in self.evaluation.subgroups)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -287,8 +411,9 @@ class Study(Strict):
 
     @property
     def outputs(self) -> int:
-        """Width of the model's last layer: 1 logit in binary studies, else one per class."""
-        return 1 if self.objective.task == "binary" else len(self.data.label.classes)
+        """Width of the model's last layer: 1 logit in binary studies, 1 number in regression, else one
+        logit per class."""
+        return len(self.data.label.classes) if self.objective.task == "multi-class" else 1
 
     @property
     def evaluations(self) -> int:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
 import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from client.cohort import Patients
-from client.policy import approve
+from client.policy import Approval, Policy, approval_of, approve, load_policy, set_policy
+from client.reservation import Reservation
 from client.settings import SiteFolder
-from client.site import make_split_key
+from client.site import make_site_keys
+from client.vault import Vault
 from common.errors import StudyError
 from common.files import canonical_json, validated
-from common.privacy.plan import StepPlan, plan_study
+from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, decode, encode
+from common.models import parameter_arrays, study_model
+from common.privacy.plan import HistogramPlan, StepPlan, StudyPlan, plan_study
 from common.study import Study
 
 WIDTH = 4
@@ -97,6 +105,74 @@ def step_plan(**changes: Any) -> StepPlan:
     return StepPlan(**{**values, **changes})
 
 
+def session_plan(
+    noise: float = 4.0, rate: float = 0.5, rounds: int = 3, evaluation: float = 9.0, statistics: float = 8.0
+) -> StudyPlan:
+    """A session that nobody calibrated, of two steps a round and one evaluation, at its end.
+
+    Args:
+        noise, evaluation, statistics: noise multipliers.
+    """
+    return StudyPlan(
+        step=step_plan(noise_multiplier=noise, sample_rate=rate),
+        steps_per_round=2,
+        rounds=rounds,
+        evaluations=1,
+        histogram=HistogramPlan(1.0, evaluation),
+        final_histogram=HistogramPlan(1.0, evaluation),
+        delta=1e-3,
+        statistics=HistogramPlan(2.0, statistics),
+        statistics_delta=1e-4,
+    )
+
+
+def reservation(
+    session: str = "one", number: int = 1, study: str = "a" * 64, epsilon: float | None = 1.0, **changes: Any
+) -> Reservation:
+    """One round of a made-up session; round 0 are its statistics."""
+    plan: StudyPlan = changes.pop("plan", session_plan())
+    trains, delta = 1 <= number <= plan.rounds, plan.statistics_delta if number == 0 else plan.delta
+    values: dict[str, Any] = {
+        "session": session,
+        "round": number,
+        "study": study,
+        "request": hashlib.sha256(f"{session} {number}".encode()).hexdigest(),
+        "public_size": 50,
+        "plan": plan,
+        "training": plan.training_event() if trains and epsilon else None,
+        "evaluation": plan.evaluation_event(number) if number > plan.rounds and epsilon else None,
+        "statistics": plan.statistics_event() if number == 0 else None,
+        "epsilon": epsilon,
+        "delta": None if epsilon is None else delta,
+        "withdrawn": "0" * 64,
+    }
+    return Reservation(**{**values, **changes})
+
+
+def grant(epsilon: float | None = 3.0, delta: float | None = 3e-3, study: str = "a" * 64) -> Approval:
+    """An approval of a made-up study."""
+    return validated(
+        Approval,
+        {
+            "study": "s",
+            "digest": study,
+            "epsilon": epsilon,
+            "delta": delta,
+            "public": epsilon is None,
+            "approved_by": "officer",
+            "approved_at": "2026-01-01T00:00:00Z",
+        },
+        "approval",
+        StudyError,
+    )
+
+
+def policy_of(*approved: Approval, epsilon: float = 100.0, delta: float = 1e-2, **changes: Any) -> Policy:
+    """A policy with these approvals and this lifetime budget."""
+    value: dict[str, Any] = {"cohort": {"epsilon": epsilon, "delta": delta}, "approved": approved, **changes}
+    return validated(Policy, value, "policy", StudyError)
+
+
 def write_rows(root: Path, count: int, seed: int = 0) -> None:
     """`count` patients with one to three records each, one of them a canary."""
     random = np.random.default_rng(seed)
@@ -116,14 +192,58 @@ def make_site(root: Path, name: str = "north", public_size: int = 50, count: int
     (root / "site.toml").write_text(tomli_w.dumps(site))
     write_rows(root, count)
     folder = SiteFolder(root)
-    make_split_key(folder)
+    make_site_keys(folder)
     return folder
 
 
-def allow(folder: SiteFolder, wanted: Study, sessions: int = 1, public: bool = False) -> None:
+def allow(
+    folder: SiteFolder, wanted: Study, sessions: int = 1, public: bool = False, lifetime: float = 1000.0
+) -> None:
     """Play the site's operator."""
-    plan = plan_study(wanted, folder.file.site.public_size)
-    approve(folder, wanted, plan, "officer", sessions, public=public)
+    if load_policy(folder).cohort is None:
+        set_policy(folder, {"cohort": {"epsilon": lifetime, "delta": 1e-2}})
+    approval = approval_of(wanted, "officer", sessions=sessions, public=public)
+    approve(folder, wanted, approval, plan_study(wanted, folder.file.site.public_size))
+
+
+def job(
+    wanted: Study,
+    number: int = 1,
+    session: str = "first",
+    arrays: dict[str, np.ndarray] | None = None,
+    scaling: dict[str, np.ndarray] | None = None,
+    **header: Any,
+) -> bytes:
+    """A coordinator's request, with the model that nobody has trained yet, or with `arrays`."""
+    if arrays is None:
+        arrays = parameter_arrays(study_model(wanted)) if number else {}
+    told = JobHeader(session=session, round=number, study=wanted.digest, **header)
+    return encode(Job(told, arrays, scaling or {}))
+
+
+def answered(vault: Vault, request: bytes) -> Reply:
+    """The vault's reply; the test fails at anything else."""
+    message = decode(vault.answer(request))
+    assert isinstance(message, Reply), message
+    return message
+
+
+def refused(vault: Vault, request: bytes) -> RefusalHeader:
+    """The vault's refusal; the test fails at anything else."""
+    message = decode(vault.answer(request))
+    assert isinstance(message, Refusal), "it should have refused"
+    return message.header
+
+
+def epsilon_of_gaussians(noises: Iterable[float], delta: float) -> float:
+    """Of Gaussian releases with these noise multipliers, which compose to one of μ² = Σ 1/σ² (Balle and Wang
+    2018, theorem 8)."""
+    mu = math.sqrt(math.fsum(1 / s**2 for s in noises))
+
+    def excess(eps: float) -> float:
+        return float(norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu) - delta)
+
+    return float(brentq(excess, 0.0, 500.0)) if excess(0.0) > 0 else 0.0
 
 
 def toml(wanted: Study, path: Path) -> Path:

@@ -62,6 +62,8 @@ class _Plan:
         self.stems = {c.name: c for c in study.data.columns}
         self.single = {*folder.file.data.columns}
         self.label = study.data.label
+        number = study.data.label.number
+        self.numbers = {number.name: number} if number else {}
         self.key = study.data.patient_key
         self.mappings = {name: self._mapping(name, folder.file.data) for name in self.names}
         self.wanted = {name: self.mappings[name].column or name for name in self.names}
@@ -87,7 +89,7 @@ class _Plan:
         return stem.model_copy(update={"column": renamed})
 
     def _check(self, name: str, mapping: Mapping) -> None:
-        column = self.columns.get(name) or self.stems.get(name)
+        column = self.columns.get(name) or self.stems.get(name) or self.numbers.get(name)
         converts = mapping.multiply != 1.0 or mapping.add != 0.0
         if isinstance(column, NumericColumn):
             if mapping.unit not in (None, column.unit) and not converts:
@@ -153,7 +155,7 @@ class _Plan:
             index = pc.index_in(normal_text(text), value_set=pa.array(theirs))
             ours = pa.array(list(mapping.codes.values()), pa.string()).take(index)
             text = pc.coalesce(ours, text)
-        column = self.columns.get(name)
+        column = self.columns.get(name) or self.numbers.get(name)
         if isinstance(column, NumericColumn) and (mapping.multiply != 1.0 or mapping.add != 0.0):
             return _rescaled(text, mapping, column)
         return text

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.settings import SiteFolder
-from client.site import make_split_key
+from client.site import make_site_keys
 from common.errors import DataError, SiteError, StudyError
 
 STATUS = {
@@ -41,7 +41,7 @@ def test_check_ends_in_one_clear_error(case: Case, tmp_path: Path) -> None:
 
 def test_a_sound_site_passes_and_programs_can_read_it(tmp_path: Path) -> None:
     write_sound(tmp_path)
-    make_split_key(SiteFolder(tmp_path / "site"))
+    make_site_keys(SiteFolder(tmp_path / "site"))
     done = CliRunner().invoke(app, ["check", str(tmp_path / "site"), str(tmp_path / "study.toml"), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

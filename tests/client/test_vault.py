@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from small import SECRETS, allow, make_site, study, write_rows
+from small import SECRETS, WIDTH, allow, answered, make_site, study, write_rows
+from small import job as request_of
 
 from client import training
 from client import vault as module
-from client.ledger import spending
+from client.ledger import check_certificates, read_account, spending
 from client.policy import Policy, load_policy, revoke, save_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from client.vault import Vault
-from common.errors import SiteError
-from common.messages import Job, JobHeader, Refusal, Reply, decode, encode
+from common.errors import DataError, LedgerError, SiteError
+from common.journal import read_journal
+from common.keys import read_public_key
+from common.messages import Refusal, Reply, decode, encode, released
 from common.metrics import EXACT_BINS
 from common.models import parameter_arrays, study_model
+from common.privacy.certificate import read_certificate
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
+from common.statistics import layout
 from common.study import Study
 
 OPEN = {"mode": "none"}
@@ -43,16 +49,8 @@ def vault(folder: SiteFolder) -> Iterator[Vault]:
     opened.close()
 
 
-def job(wanted: Study = WANTED, number: int = 1, session: str = "first", metrics: str = "private",
-        arrays: dict[str, np.ndarray] | None = None) -> bytes:  # fmt: skip
-    header = JobHeader(session=session, round=number, study=wanted.digest, metrics=metrics)
-    return encode(Job(header, parameter_arrays(study_model(wanted)) if arrays is None else arrays))
-
-
-def answered(vault: Vault, request: bytes) -> Reply:
-    message = decode(vault.answer(request))
-    assert isinstance(message, Reply), message
-    return message
+def job(wanted: Study = WANTED, number: int = 1, session: str = "first", **more: Any) -> bytes:
+    return request_of(wanted, number, session, **more)
 
 
 def refused(vault: Vault, request: bytes) -> str:
@@ -103,7 +101,7 @@ def test_a_policy_that_cannot_be_read_allows_nothing(vault: Vault, folder: SiteF
 def test_revoked_in_the_middle(vault: Vault, folder: SiteFolder) -> None:
     allow(folder, WANTED)
     answered(vault, job())
-    revoke(folder, WANTED.digest)
+    revoke(folder, WANTED.digest, "officer")
     assert refused(vault, job(number=2)) == "not-approved"
     assert refused(vault, job()) == "not-approved"  # not even what was answered before
     assert spent(folder) == pytest.approx(plan_study(WANTED, 50).epsilon)
@@ -172,7 +170,7 @@ def test_a_second_session_beyond_the_budget(vault: Vault, folder: SiteFolder) ->
 def test_the_budget_survives_revoking_and_approving_again(vault: Vault, folder: SiteFolder) -> None:
     allow(folder, WANTED)
     answered(vault, job())
-    revoke(folder, WANTED.digest)
+    revoke(folder, WANTED.digest, "officer")
     allow(folder, WANTED)
     assert refused(vault, job(session="second")) == "budget-exhausted"
 
@@ -245,6 +243,168 @@ def test_huge_parameters_bring_out_no_bit_of_the_data(
         vault.close()
 
 
+# --- an older copy
+
+
+def heads_of(folder: SiteFolder) -> list[str]:
+    return [entry.hash for entry in read_journal(folder.ledger_path)]
+
+
+def test_an_older_state_folder_is_found_by_the_coordinators_anchor(tmp_path: Path) -> None:
+    """Policy, ledger, head, replies, keys and certificates of an earlier day, all of them sound."""
+    folder = make_site(tmp_path / "site")
+    allow(folder, WANTED)
+    vault = open_vault(folder)
+    seen = answered(vault, job()).header.head
+    vault.close()
+    shutil.copytree(folder.root, tmp_path / "copy")
+    vault = open_vault(folder)
+    later = [answered(vault, job(number=n)).header.head for n in (2, 3)]
+    vault.close()
+    shutil.rmtree(folder.root)
+    shutil.copytree(tmp_path / "copy", folder.root)
+
+    vault = open_vault(folder)
+    before = folder.ledger_path.read_bytes()
+    for head in later:
+        for wanted, number in ((WANTED, 1), (WANTED, 2), (study(name="other"), 1)):
+            header = refused(vault, job(wanted, number, anchors={"north": head, "south": "0" * 64}))
+            assert header == "ledger-rolled-back"
+    message = decode(vault.answer(job(number=2, anchors={"north": later[0]})))
+    assert isinstance(message, Refusal)
+    assert "restore the latest ledger" in message.header.remedy
+    assert folder.ledger_path.read_bytes() == before  # nothing was spent
+    # who has seen no more than the copy, or only others, is answered
+    answered(vault, job(number=2, anchors={"north": seen, "south": "f" * 64}))
+    vault.close()
+
+
+def test_a_whole_ledger_knows_all_that_it_ever_told(folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    vault = open_vault(folder, durable=False)
+    heads = [answered(vault, job(number=n, anchors={"north": "0" * 64})).header.head for n in (1, 2, 3)]
+    assert len({*heads}) == 3
+    reserved = [e.hash for e in read_journal(folder.ledger_path) if e.kind == "reserve"]
+    assert heads == reserved
+    for _ in range(2):
+        for head in [*heads_of(folder), "0" * 64]:
+            answered(vault, job(number=3, anchors={"north": head}))
+        assert refused(vault, job(number=3, anchors={"north": "f" * 64})) == "ledger-rolled-back"
+        vault.close()
+        vault = open_vault(folder, durable=False)
+    vault.close()
+
+
+def test_what_the_coordinator_remembers_does_not_change_the_question(
+    vault: Vault, folder: SiteFolder
+) -> None:
+    allow(folder, WANTED)
+    first = vault.answer(job())
+    head = heads_of(folder)[-1]
+    for anchors in ({"north": head}, {"south": "f" * 64}, {}):
+        assert vault.answer(job(anchors=anchors)) == first
+    assert len(vault._ledger.account.reserved) == 1
+
+
+def test_one_vault_a_site(folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    for durable in (True, False):
+        vault = open_vault(folder, durable=durable)
+        with pytest.raises(LedgerError, match="another vault"):
+            open_vault(folder, durable=durable)
+        answered(vault, job())
+        vault.close()
+
+
+# --- what is given back
+
+
+def failing_with(error: Exception) -> Callable[..., Any]:
+    def failing(*_: object) -> None:
+        raise error
+
+    return failing
+
+
+def patched(vault: Vault, records: Callable[..., Any]) -> None:
+    vault._holdings = type(vault._holdings)(**{**vars(vault._holdings), "records": records})
+
+
+def test_what_failed_before_any_row_was_read_is_given_back(folder: SiteFolder) -> None:
+    """The site's own files are wrong; when they are mended, its budget is whole."""
+    allow(folder, WANTED)
+    path = folder.root / "site.toml"
+    sound = path.read_text()
+    path.write_text(sound + '\n[data.columns.x]\nunit = "furlong"\n')
+    vault = open_vault(SiteFolder(folder.root), durable=False)
+    for session in ("first", "second"):  # one session is all that was granted
+        assert refused(vault, job(session=session)) == "unavailable"
+        assert spent(folder) == 0
+    vault.close()
+    kinds = [e.kind for e in read_journal(folder.ledger_path)]
+    assert kinds == ["policy", "reserve", "abandon", "reserve", "abandon"]
+    path.write_text(sound)
+    vault = open_vault(SiteFolder(folder.root), durable=False)
+    answered(vault, job(session="third"))
+    assert spent(folder) > 0
+    vault.close()
+
+
+def test_what_failed_after_a_row_was_read_stays_spent(
+    vault: Vault, folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow(folder, WANTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw_batch", failing_with(SiteError("late")))
+        assert refused(vault, job()) == "unavailable"
+    assert spent(folder) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw_batch", failing_with(SiteError("warm")))
+        assert refused(vault, job(number=2)) == "unavailable"
+    assert sorted(vault._ledger.account.reserved) == [("first", 1), ("first", 2)]
+    assert refused(vault, job(session="second")) == "budget-exhausted"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_an_earlier_attempt_read_is_not_given_back_by_a_later_one(
+    folder: SiteFolder, restart: bool
+) -> None:
+    """The first attempt read rows and failed, which the coordinator was told; the second failed before."""
+    allow(folder, WANTED)
+    vault = open_vault(folder, durable=False)
+    real = vault._holdings.records
+    patched(vault, failing_with(DataError("a row that does not fit")))
+    assert refused(vault, job()) == "unavailable"
+    if restart:
+        vault.close()
+        vault = open_vault(folder, durable=False)
+    patched(vault, failing_with(SiteError("no such file")))
+    for _ in range(2):
+        assert refused(vault, job()) == "unavailable"
+        assert spent(folder) > 0
+        assert [e.kind for e in read_journal(folder.ledger_path)] == ["policy", "reserve"]
+    assert refused(vault, job(session="second")) == "budget-exhausted"
+    patched(vault, real)
+    answered(vault, job())
+    vault.close()
+
+
+def test_a_session_goes_on_after_a_round_that_was_given_back(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    answered(vault, job())
+    whole = spent(folder)
+    real = vault._holdings.records
+    patched(vault, failing_with(SiteError("no such file")))
+    vault._trainers.clear()
+    vault._records.clear()
+    assert refused(vault, job(number=2)) == "unavailable"
+    patched(vault, real)
+    assert spent(folder) == whole
+    for number in (2, 3, 4):
+        answered(vault, job(number=number))
+    assert spent(folder) == whole
+
+
 # --- what an error may say
 
 
@@ -279,11 +439,15 @@ def test_trouble_with_the_data_stays_at_the_site(
     # mended, the same request is answered on the same reservation
     path.write_text("\n".join(lines) + "\n")
     answered(vault, job())
-    assert len(vault._ledger.reservations) == 1
+    assert len(vault._ledger.account.reserved) == 1
 
 
 def test_an_unforeseen_error_says_nothing(
-    vault: Vault, folder: SiteFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    vault: Vault,
+    folder: SiteFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     allow(folder, WANTED)
@@ -294,8 +458,10 @@ def test_an_unforeseen_error_says_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(training, "draw_batch", failing)
         assert refused(vault, job()) == "unavailable"
-    assert SECRETS[1] not in caplog.text
-    assert SECRETS[2] not in caplog.text
+    printed = "".join(capfd.readouterr())  # a service's output ends in a journal that others read
+    for secret in SECRETS[1:3]:
+        assert secret not in caplog.text
+        assert secret not in printed
     answered(vault, job())
 
 
@@ -375,7 +541,8 @@ def test_a_whole_session(vault: Vault, folder: SiteFolder) -> None:
     last = answered(vault, job(number=4))
     assert not last.update
     assert last.header.training is None
-    assert last.header.evaluation == plan.evaluation_event()
+    assert last.header.evaluation == plan.evaluation_event(4)
+    assert last.header.statistics is None
     assert last.header.weight == 40
     assert last.metrics["scores"].shape == (2, WANTED.evaluation.bins)
     assert (last.metrics["scores"] % 1 != 0).all()  # every cell is noised, the empty ones too
@@ -397,7 +564,15 @@ def test_the_weight_and_the_header_say_nothing_of_the_true_size(tmp_path: Path) 
         folder = make_site(tmp_path / f"site-{count}", count=count)
         allow(folder, WANTED)
         vault = open_vault(folder, durable=False)
-        headers.append([answered(vault, job(number=n)).header for n in (1, 4)])
+        told = [answered(vault, job(number=n)).header for n in (1, 4)]
+        headers.append([h.model_copy(update={"head": "", "certificate": None}) for h in told])
+        claims = read_certificate(told[1].certificate or "").claims.model_dump()
+        for name in ("issued_at", "policy", "ledger"):  # of its own date and its own keys
+            del claims[name]
+        for release in claims["releases"]:
+            for name in ("head", "released", "withdrawn"):
+                release.pop(name, None)
+        headers[-1].append(claims)
         sizes = [len(vault.answer(job(number=n))) for n in (1, 4)]
         headers[-1].append(sizes)
         vault.close()
@@ -410,14 +585,14 @@ def test_the_budget_is_reserved_before_the_data_is_read(
     allow(folder, WANTED)
     vault = open_vault(folder, durable=False)
     seen = []
-    real = vault._holdings.cohort
+    real = vault._holdings.records
 
     def watched(wanted: Study) -> object:
         seen.append(spending(folder.ledger_path)[WANTED.digest].rounds)
         return real(wanted)
 
     monkeypatch.setattr(
-        vault, "_holdings", type(vault._holdings)(**{**vars(vault._holdings), "cohort": watched})
+        vault, "_holdings", type(vault._holdings)(**{**vars(vault._holdings), "records": watched})
     )
     answered(vault, job())
     assert seen == [1]
@@ -463,3 +638,90 @@ def test_nothing_of_the_data_is_in_any_file_it_writes(folder: SiteFolder) -> Non
     for path in folder.root.rglob("*"):
         if path.is_file() and path != folder.data_path:
             assert_silent(path.read_bytes())
+
+
+# --- statistics and the certificate
+
+SURVEY = study(name="survey", statistics={"epsilon": 20.0, "delta": 1e-4, "bins": 4})
+
+
+def test_statistics_are_answered_once_and_charged_apart(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, SURVEY)
+    plan = plan_study(SURVEY, 50)
+    first = vault.answer(job(SURVEY, 0))
+    told = decode(first)
+    assert isinstance(told, Reply)
+    assert told.header.statistics == plan.statistics_event()
+    assert (told.header.training, told.header.evaluation, told.header.certificate) == (None, None, None)
+    assert {n: (a.shape, a.dtype) for n, a in told.metrics.items()} == {
+        n: (s, np.dtype(np.float64)) for n, s in layout(SURVEY).items()
+    }
+    assert not told.update
+    assert all((a % 1 != 0).any() for a in told.metrics.values() if a.size)
+    assert vault.answer(job(SURVEY, 0)) == first
+    assert spent(folder, SURVEY) == pytest.approx(plan.statistics_epsilon)
+    answered(vault, job(SURVEY, 1))
+    assert spent(folder, SURVEY) == pytest.approx(plan.statistics_epsilon + plan.epsilon)
+    assert refused(vault, job(SURVEY, 0, "second")) == "budget-exhausted"
+
+
+def test_statistics_that_nobody_asked_for(vault: Vault, folder: SiteFolder) -> None:
+    allow(folder, WANTED)
+    allow(folder, SURVEY)
+    assert refused(vault, job(WANTED, 0)) == "refused"
+    assert refused(vault, job(SURVEY, 0, arrays=parameter_arrays(study_model(SURVEY)))) == "refused"
+    assert refused(vault, job(SURVEY, 0, metrics="exact")) == "refused"
+    for wanted in (WANTED, SURVEY):
+        scaling = {"mean": np.zeros(WIDTH), "deviation": np.ones(WIDTH)}
+        for number in (0, 1):
+            assert refused(vault, job(wanted, number, scaling=scaling)) == "refused"
+        assert spent(folder, wanted) == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "half", "long", "infinite", "negative", "another type"])
+def test_a_scaling_that_does_not_fit(vault: Vault, folder: SiteFolder, kind: str) -> None:
+    data = {**SURVEY.data.model_dump(mode="json"), "scaling": "moments"}
+    wanted = study(data=data, statistics={"epsilon": 20.0, "delta": 1e-4, "bins": 4})
+    allow(folder, wanted)
+    good = {"mean": np.zeros(WIDTH), "deviation": np.ones(WIDTH)}
+    answered(vault, job(wanted, 0))
+    before = spent(folder, wanted)
+    bad: dict[str, dict[str, np.ndarray]] = {
+        "none": {},
+        "half": {"mean": good["mean"]},
+        "long": {n: np.repeat(a, 2) for n, a in good.items()},
+        "infinite": {**good, "mean": good["mean"] + np.inf},
+        "negative": {**good, "deviation": -good["deviation"]},
+        "another type": {n: a.astype(np.float32) for n, a in good.items()},
+    }
+    assert refused(vault, job(wanted, 1, scaling=bad[kind])) == "refused"
+    assert spent(folder, wanted) == before
+    answered(vault, job(wanted, 1, scaling=good))
+
+
+def test_the_certificate_says_what_left(vault: Vault, folder: SiteFolder) -> None:
+    """With the session's end, and the same to whoever asks again."""
+    allow(folder, SURVEY)
+    replies = {n: answered(vault, job(SURVEY, n)) for n in (0, 1, 2, 3, 4)}
+    assert [n for n, r in replies.items() if r.header.certificate] == [4]
+    token = replies[4].header.certificate or ""
+    found = read_certificate(token)
+    claims = found.claims
+    assert answered(vault, job(SURVEY, 4)).header.certificate == token
+    assert (folder.certificates / "first.jws").read_text() == token
+    assert found.key == read_public_key(folder.signing_key_path.with_suffix(".pub"))
+    assert [r.round for r in claims.releases] == [0, 1, 2, 3, 4]
+    for release in claims.releases:
+        reply = replies[release.round]
+        assert release.released == released(reply.update, reply.metrics)
+        assert release.head == reply.header.head
+        assert release.training == reply.header.training
+        assert release.evaluation == reply.header.evaluation
+        assert release.statistics == reply.header.statistics
+    assert claims.ledger.head in heads_of(folder)
+    assert (claims.complete, claims.randomness, claims.policy) == (
+        True,
+        "operating-system",
+        load_policy(folder).digest,
+    )
+    assert check_certificates(folder.certificates, read_account(folder.ledger_path)) == 1

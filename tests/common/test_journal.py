@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import journal as module
 from common.errors import LedgerError
-from common.journal import GENESIS, Journal, chain, read_journal
+from common.journal import GENESIS, Entry, Journal, chain, read_journal
+from common.keys import SigningKey
+
+KEY, STRANGER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
 
 
-def filled(path: Path, count: int = 5) -> list[bytes]:
-    book = Journal(path)
+def filled(path: Path, count: int = 5, key: SigningKey | None = None) -> list[bytes]:
+    book = Journal(path, key=key)
     for i in range(count):
         book.append(
             "reserve" if i % 2 else "commit", {"round": i, "text": "é\u2028\x85\r\n\x0c", "ε": 0.1 * i}
@@ -71,15 +80,125 @@ def test_every_torn_last_line_is_set_aside(tmp_path: Path) -> None:
             assert path.with_suffix(".torn").read_bytes() == lines[-1][:length] + b"\n"
 
 
-def test_any_changed_byte_is_found(tmp_path: Path) -> None:
-    lines = filled(tmp_path / "whole", 3)
+@pytest.mark.parametrize("key", [None, KEY], ids=["unsigned", "signed"])
+def test_any_changed_bit_is_found(tmp_path: Path, key: SigningKey | None) -> None:
+    """But in the last line's end: what a crash leaves looks the same, and is set aside."""
+    lines = filled(tmp_path / "whole", 3, key)
     content = b"".join(lines)
+    public = key.public if key else None
     path = tmp_path / "changed"
-    for position in range(len(content) - len(lines[-1])):
-        changed = bytearray(content)
-        changed[position] ^= 1
-        with pytest.raises(LedgerError):
-            chain(bytes(changed), path)
+    assert len(chain(content, path, public)) == 3
+    for position in range(len(content) - 1):
+        for bit in (0, 1, 5) if key else range(8):  # 5: upper case becomes lower
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            with pytest.raises(LedgerError):
+                chain(bytes(changed), path, public)
+
+
+# --- signatures
+
+
+def test_every_entry_is_signed(tmp_path: Path) -> None:
+    path = tmp_path / "book"
+    lines = filled(path, 4, KEY)
+    entries = read_journal(path, KEY.public)
+    assert len(entries) == 4
+    for entry in entries:
+        assert KEY.public.verifies(bytes.fromhex(entry.signature), bytes.fromhex(entry.hash))
+        content = {n: v for n, v in vars(entry).items() if n not in {"hash", "signature"}}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        assert entry.hash == hashlib.sha256(text.encode()).hexdigest()
+    assert [e.previous for e in entries] == [GENESIS, *(e.hash for e in entries[:-1])]
+    book = Journal(path, key=KEY)
+    book.append("note", {})
+    book.close()
+    assert path.read_bytes().startswith(b"".join(lines))
+    assert len(read_journal(path, KEY.public)) == 5
+    assert len(read_journal(path)) == 5  # whoever has no key still sees the chain
+
+
+def test_another_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "book"
+    filled(path, 2, STRANGER)
+    with pytest.raises(LedgerError, match="line 1 "):
+        read_journal(path, KEY.public)
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="line 1 "):
+            Journal(path, key=KEY)
+    book = Journal(path, key=STRANGER)
+    book.close()
+
+
+def test_entries_added_without_the_key_are_refused(tmp_path: Path) -> None:
+    """Whoever may write to the file can link an entry rightly, and sign it with a key of their own."""
+    for i, key in enumerate((None, STRANGER)):
+        path = tmp_path / f"book-{i}"
+        filled(path, 2, KEY)
+        book = Journal(path)
+        book._key = key
+        book.append("note", {"spent": 0})
+        book.close()
+        assert len(read_journal(path)) == 3
+        with pytest.raises(LedgerError, match="line 3 "):
+            read_journal(path, KEY.public)
+        with pytest.raises(LedgerError, match="line 3 "):
+            Journal(path, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [str.upper, lambda s: s + " ", lambda s: s[:2] + " " + s[2:], lambda s: s + "00", lambda s: s[:-2],
+     lambda s: "", lambda s: "xy" * 64, lambda s: "0" * 128, lambda s: 7, lambda s: None, lambda s: [s]],
+)  # fmt: skip
+def test_a_signature_has_one_spelling(tmp_path: Path, spelling: Callable[[str], Any]) -> None:
+    path = tmp_path / "book"
+    filled(path, 2, KEY)
+    entries = read_journal(path)
+    entries[0] = replace(entries[0], signature=spelling(entries[0].signature))
+    path.write_bytes(b"".join(e.line() for e in entries))
+    with pytest.raises(LedgerError, match="line 1 "):
+        read_journal(path, KEY.public)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    field=st.sampled_from(["sequence", "time", "kind", "body", "previous", "hash", "extra"]),
+    value=st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2)
+    | st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+    number=st.integers(0, 2),
+)
+def test_a_field_of_any_other_value_is_found(
+    tmp_path_factory: pytest.TempPathFactory, field: str, value: Any, number: int
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "book"
+    lines = filled(path, 3, KEY)
+    told = json.loads(lines[number])
+    if told.get(field) == value and type(told.get(field)) is type(value):
+        return
+    lines[number] = (
+        json.dumps({**told, field: value}, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        + b"\n"
+    )
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(LedgerError, match=f"line {number + 1} "):
+        read_journal(path, KEY.public)
+
+
+def test_a_key_is_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "book"
+    filled(path, 1, KEY)
+    assert bytes([1]) * 32 not in path.read_bytes()
+    assert ("01" * 32).encode() not in path.read_bytes()
+    assert isinstance(read_journal(path)[0], Entry)
+
+
+# --- damage and crashes
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])

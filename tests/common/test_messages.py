@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import tracemalloc
@@ -17,19 +18,25 @@ from safetensors.numpy import save
 from common.errors import MessageError
 from common.messages import (
     HEADER,
+    MAX_CERTIFICATE_CHARACTERS,
+    NO_HEAD,
+    STATISTICS_ROUND,
     Job,
     JobHeader,
     Refusal,
     RefusalHeader,
     Reply,
     ReplyHeader,
+    asked,
     decode,
     encode,
+    released,
 )
-from common.privacy.mechanism import SubsampledGaussian
+from common.privacy.mechanism import GaussianRelease, SubsampledGaussian
 
 STUDY = "ab" * 32
 SECRET = "hiddensecret"
+PRIVACY = ("epsilon", "delta", "clipping_norm", "sample_rate", "steps", "limits", "plan", "policy", "seed")
 arrays = st.dictionaries(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
     hnp.arrays(
@@ -42,6 +49,10 @@ arrays = st.dictionaries(
 
 def job_header(**changes: Any) -> dict[str, Any]:
     return {"kind": "job", "session": "one", "round": 1, "study": STUDY, "metrics": "private"} | changes
+
+
+def reply_header(**changes: Any) -> dict[str, Any]:
+    return {"kind": "reply", "session": "one", "round": 1, "study": STUDY, "site": "x", "weight": 1} | changes
 
 
 def a_reply() -> Reply:
@@ -195,7 +206,7 @@ def test_a_header_that_claims_gigabytes(length: int) -> None:
     [
         job_header(kind=SECRET),
         job_header(kind=None),
-        job_header(round=0),
+        job_header(round=-1),
         job_header(round=10**7),
         job_header(round="1; DROP"),
         job_header(round=1.5),
@@ -209,6 +220,13 @@ def test_a_header_that_claims_gigabytes(length: int) -> None:
         job_header(metrics=SECRET),
         job_header(**{SECRET: SECRET}),
         job_header(noise_multiplier=0.0),
+        *(job_header(**{name: 1.0}) for name in PRIVACY),
+        job_header(anchors={SECRET + "!": "0" * 64}),
+        job_header(anchors={"north": SECRET}),
+        job_header(anchors={"north": "A" * 64}),
+        job_header(anchors={"north": None}),
+        job_header(anchors=[["north", "0" * 64]]),
+        job_header(anchors=SECRET),
         {k: v for k, v in job_header().items() if k != "study"},
         {k: v for k, v in job_header().items() if k != "kind"},
         [SECRET],
@@ -220,6 +238,16 @@ def test_a_header_that_claims_gigabytes(length: int) -> None:
         {"kind": "reply", "session": "one", "round": 1, "study": STUDY, "site": "x", "weight": 1,
          "training": {"noise_multiplier": -1, "sample_rate": 2, "steps": 0}},
         {"kind": "refusal", "site": "x", "code": "c", "message": SECRET * 1000},
+        reply_header(head=SECRET),
+        reply_header(head="A" * 64),
+        reply_header(head=""),
+        reply_header(certificate=7),
+        reply_header(certificate="x" * (MAX_CERTIFICATE_CHARACTERS + 1)),
+        reply_header(statistics={SECRET: 1}),
+        reply_header(statistics={"mechanism": "gaussian", "noise_multiplier": 0.0}),
+        reply_header(statistics={"mechanism": "gaussian", "noise_multiplier": 1.0, "unit": "record"}),
+        reply_header(weight=0),
+        reply_header(patients=53),
     ],
     ids=lambda h: str(h)[:60],
 )  # fmt: skip
@@ -277,3 +305,114 @@ def test_any_json_as_header(value: Any) -> None:
 def test_safetensors_of_others_are_rejected() -> None:
     assert "KeyError" in rejected(save({SECRET: np.zeros(2)}))
     rejected(save({SECRET: np.zeros(2)}, metadata={"format": "pt"}))
+
+
+# --- statistics, heads, scaling
+
+
+@settings(deadline=None, derandomize=True)
+@given(arrays, arrays)
+def test_scaling_comes_back_beside_parameters(
+    parameters: dict[str, np.ndarray], scaling: dict[str, np.ndarray]
+) -> None:
+    found = decode(encode(Job(JobHeader(**job_header()), parameters, scaling)))
+    assert isinstance(found, Job)
+    assert same(found.parameters, parameters)
+    assert same(found.scaling, scaling)
+
+
+def test_anchors_heads_and_certificates_come_back() -> None:
+    heads = {"north": "1" * 64, "south-2": "f" * 64}
+    header = JobHeader(**job_header(round=STATISTICS_ROUND, anchors=heads))
+    assert decode(encode(Job(header, {}))).header == header
+    assert JobHeader(**job_header()).anchors == {}
+    assert ReplyHeader(**reply_header()).head == NO_HEAD == "0" * 64
+    told = ReplyHeader(
+        **reply_header(
+            round=0, head="a" * 64, certificate="x" * 1000, statistics=GaussianRelease(noise_multiplier=2.0)
+        )
+    )
+    assert decode(encode(Reply(told, {}, {}))).header == told
+    longest = reply_header(certificate="x" * MAX_CERTIFICATE_CHARACTERS)
+    assert decode(encode(Reply(ReplyHeader(**longest), {}, {}))).header.certificate is not None
+
+
+def test_a_job_carries_no_privacy_parameter() -> None:
+    """Every field of it by name: a new one must be thought about here."""
+    assert set(JobHeader.model_fields) == {"kind", "session", "round", "study", "metrics", "anchors"}
+
+
+# --- what was asked, what was released
+
+
+def test_what_is_asked_does_not_hang_on_anchors() -> None:
+    parameters = {"w": np.ones((2, 3), np.float32)}
+    plain = Job(JobHeader(**job_header()), parameters)
+    anchored = Job(JobHeader(**job_header(anchors={"north": "1" * 64})), parameters)
+    assert encode(plain) != encode(anchored)
+    assert asked(plain) == asked(anchored) == asked(decode(encode(anchored)))  # type: ignore[arg-type]
+    assert len(asked(plain)) == 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"session": "two"}, {"round": 2}, {"study": "0" * 64}, {"metrics": "exact"}],
+    ids=str,
+)
+def test_what_is_asked_hangs_on_the_rest_of_the_header(changes: dict[str, Any]) -> None:
+    parameters = {"w": np.ones((2, 3), np.float32)}
+    one, two = (Job(JobHeader(**job_header(**c)), parameters) for c in ({}, changes))
+    assert asked(one) != asked(two)
+    assert set(JobHeader.model_fields) == {"kind", "anchors", "session", "round", "study", "metrics"}
+
+
+def one_bit_off(value: np.ndarray) -> np.ndarray:
+    found = bytearray(value.tobytes())
+    found[0] ^= 1
+    return np.frombuffer(bytes(found), value.dtype).reshape(value.shape)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(first=arrays, second=arrays)
+def test_equal_numbers_have_equal_digests_and_others_have_not(
+    first: dict[str, np.ndarray], second: dict[str, np.ndarray]
+) -> None:
+    """Names, types, shapes and bytes count, and to which group an array belongs."""
+    header = JobHeader(**job_header())
+    digests = {
+        "released": released(first, second),
+        "asked": asked(Job(header, first, second)),
+    }
+    backwards = dict(reversed(first.items())), dict(reversed(second.items()))
+    assert digests["released"] == released(*backwards)
+    assert digests["asked"] == asked(Job(header, *backwards))
+    fortran = {n: np.array(a, order="F") for n, a in first.items()}
+    assert digests["released"] == released(fortran, second)
+    if not same(first, second):
+        assert digests["released"] != released(second, first)
+        assert digests["asked"] != asked(Job(header, second, first))
+    for name, array in first.items():
+        others = [{**first, name + "x": array}, {n: a for n, a in first.items() if n != name}]
+        others.append({**first, name: array[None]})
+        if array.size:
+            others.append({**first, name: one_bit_off(array)})
+            kind = {np.dtype(np.float64): np.int64}.get(array.dtype, np.float64)
+            others.append({**first, name: np.zeros(array.shape, kind)})
+        for other in others:
+            if not same(other, first):
+                assert released(other, second) != digests["released"]
+                assert asked(Job(header, other, second)) != digests["asked"]
+
+
+def test_a_released_digest_by_hand() -> None:
+    """So that whoever audits can write it in another language."""
+    update = {"b": np.array([1.5, -2.0], np.float32), "a": np.float64(7.0).reshape(())}
+    expected = hashlib.sha256(b"released")
+    for name, kind, shape, content in (
+        ("metrics/n", "int64", [1], struct.pack("<q", -3)),
+        ("update/a", "float64", [], struct.pack("<d", 7.0)),
+        ("update/b", "float32", [2], struct.pack("<ff", 1.5, -2.0)),
+    ):
+        head = json.dumps([name, kind, shape], separators=(",", ":")).encode()
+        expected.update(len(head).to_bytes(8, "little") + head + content)
+    assert released(update, {"n": np.array([-3])}) == expected.hexdigest()
