@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,10 @@ import typer
 
 from common.console import JsonOption, Speaker, speaking
 from common.errors import DeploymentError
+from common.statistics import asked
 from common.study import load_study
 from server import flower, sessions, superlink
+from server.description import show_description
 from server.display import RoundsProgress, show
 from server.provisioning import CoordinatorFolder, provision
 from server.report import report
@@ -26,6 +29,11 @@ main = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
+Sites = Annotated[int | None, typer.Option(help="Wait for so many; all enrolled if absent.", min=1)]
+Quorum = Annotated[int | None, typer.Option(help="So many make a round; SITES if absent.", min=1)]
+Deadline = Annotated[float, typer.Option(help="Seconds that a site has for a round.", min=1)]
+Patience = Annotated[float, typer.Option(help="Seconds to wait for sites.", min=1)]
+MinimumPatients = Annotated[int, typer.Option(help="What is about fewer patients is left out.", min=1)]
 SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="As `run` and `status` show it.")]
 
 
@@ -98,12 +106,10 @@ def sites(folder: Folder, json: JsonOption = False) -> None:
 def run(
     folder: Folder,
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's file.")],
-    sites: Annotated[
-        int | None, typer.Option(help="Wait for so many; all enrolled if absent.", min=1)
-    ] = None,
-    quorum: Annotated[int | None, typer.Option(help="So many make a round; SITES if absent.", min=1)] = None,
-    deadline: Annotated[float, typer.Option(help="Seconds that a site has for a round.", min=1)] = 600.0,
-    patience: Annotated[float, typer.Option(help="Seconds to wait for sites.", min=1)] = 600.0,
+    sites: Sites = None,
+    quorum: Quorum = None,
+    deadline: Deadline = 600.0,
+    patience: Patience = 600.0,
     exact_metrics: Annotated[
         bool, typer.Option("--exact-metrics", help="Metrics without noise; sites refuse unless public.")
     ] = False,
@@ -113,24 +119,51 @@ def run(
     """Run a study at the enrolled sites and show what came of it."""
     with speaking(json) as speaker:
         opened, wanted = CoordinatorFolder(folder), load_study(study)
-        enrolled = flower.enrolled_sites(opened)
-        wait_for = sites or len(enrolled)
-        if not 1 <= (quorum or wait_for) <= wait_for <= len(enrolled):
-            raise DeploymentError(
-                f"{len(enrolled)} sites are enrolled: --sites {wait_for} and --quorum {quorum or wait_for}",
-                remedy="enrol sites first (fedward-server enrol); quorum ≤ sites ≤ enrolled sites",
-            )
-        settings = Settings(
-            sites=wait_for,
-            quorum=quorum or wait_for,
+        settings = replace(
+            _settings(opened, sites, quorum),
             deadline=deadline,
             patience=patience,
             exact_metrics=exact_metrics,
-            nodes={str(site.node_id): name for name, site in enrolled.items()},
         )
         session = sessions.begin(opened, wanted, settings)
         speaker.say(f"session {session}")
         _see_through(speaker, opened, session, detach)
+
+
+@main.command()
+def describe(
+    folder: Folder,
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's file, with [statistics].")],
+    sites: Sites = None,
+    quorum: Quorum = None,
+    deadline: Deadline = 600.0,
+    patience: Patience = 600.0,
+    minimum_patients: MinimumPatients = 10,
+    json: JsonOption = False,
+) -> None:
+    """Ask the sites for the cohorts' noised statistics, and show them together. It is charged."""
+    with speaking(json) as speaker:
+        opened, wanted = CoordinatorFolder(folder), load_study(study)
+        asked(wanted)
+        settings = replace(
+            _settings(opened, sites, quorum), deadline=deadline, patience=patience, describe=True
+        )
+        session = sessions.begin(opened, wanted, settings)
+        speaker.say(f"session {session}")
+        sessions.follow(opened, session, lambda done: None)
+        show_description(speaker, sessions.store_of(opened), session, minimum_patients)
+
+
+def _settings(opened: CoordinatorFolder, sites: int | None, quorum: int | None) -> Settings:
+    enrolled = flower.enrolled_sites(opened)
+    wait_for = sites or len(enrolled)
+    if not 1 <= (quorum or wait_for) <= wait_for <= len(enrolled):
+        raise DeploymentError(
+            f"{len(enrolled)} sites are enrolled: --sites {wait_for} and --quorum {quorum or wait_for}",
+            remedy="enrol sites first (fedward-server enrol); quorum ≤ sites ≤ enrolled sites",
+        )
+    nodes = {str(site.node_id): name for name, site in enrolled.items()}
+    return Settings(sites=wait_for, quorum=quorum or wait_for, nodes=nodes)
 
 
 @main.command()

@@ -16,11 +16,14 @@ from typing import Protocol
 import numpy as np
 
 from common.errors import MessageError, StudyFailed
-from common.messages import Arrays, Job, JobHeader, Refusal, Reply, encode
+from common.messages import STATISTICS_ROUND, Arrays, Job, JobHeader, Refusal, Reply, encode, released
+from common.metrics import merged
+from common.privacy.mechanism import EVENT
+from common.statistics import moments, sensitivity
 from common.study import Study
 from server.algorithms import FederatedAlgorithm, Update, algorithm_of
 from server.screening import screened
-from server.store import FAILED, FINISHED, RUNNING, Session, SiteAnswer, Store
+from server.store import FAILED, FINISHED, RUNNING, Round, Session, SiteAnswer, Store
 
 log = logging.getLogger("fedward.coordinator")
 
@@ -79,8 +82,13 @@ class _Rounds:
     def __init__(self, store: Store, session: Session, port: Port, algorithm: FederatedAlgorithm) -> None:
         self._store, self._session, self._port, self._algorithm = store, session, port, algorithm
         self._study, self._settings = session.study, session.settings
+        self._scaling: Arrays = {}
 
     def run(self, initial: InitialParameters) -> None:
+        if self._settings.describe:
+            self._wait_for_sites(self._settings.sites)
+            self._statistics()
+            return
         done = self._store.rounds_done(self._session.id)
         if done:
             checkpoint = self._store.checkpoint(self._session.id, done)
@@ -89,17 +97,36 @@ class _Rounds:
             parameters = initial(self._study, self._settings.seed)
             state = self._algorithm.init(parameters)
         self._wait_for_sites(self._settings.sites)
+        if self._study.data.scaling == "moments":
+            self._scaling = self._moments()
         for number in range(done + 1, self._study.algorithm.rounds + 2):
             parameters, state = self._round(number, parameters, state)
 
-    def _round(self, number: int, parameters: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
-        header = JobHeader(
+    def _statistics(self) -> Round:
+        """The sites' statistics, asked once in a session."""
+        if not any(r.number == STATISTICS_ROUND for r in self._store.rounds(self._session.id)):
+            replies, answers = self._ask(Job(self._header(STATISTICS_ROUND), {}))
+            sums = {f"{METRICS}{r.header.site}/": r.metrics for r in replies}
+            self._store.record(self._session.id, STATISTICS_ROUND, joined(sums), answers)
+        return next(r for r in self._store.rounds(self._session.id) if r.number == STATISTICS_ROUND)
+
+    def _moments(self) -> Arrays:
+        """What all sites scale their numbers by."""
+        asked = self._statistics()
+        checkpoint = self._store.checkpoint(self._session.id, STATISTICS_ROUND)
+        found = moments(self._study, *noised_sums(self._study, asked, checkpoint))
+        return {"mean": found.mean, "deviation": found.deviation}
+
+    def _header(self, number: int) -> JobHeader:
+        return JobHeader(
             session=self._session.id,
             round=number,
             study=self._study.digest,
             metrics="exact" if self._settings.exact_metrics else "private",
         )
-        replies, answers = self._ask(Job(header, parameters))
+
+    def _round(self, number: int, parameters: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
+        replies, answers = self._ask(Job(self._header(number), parameters, self._scaling))
         if number <= self._study.algorithm.rounds:
             updates = [Update(r.header.site, r.header.weight, r.update) for r in replies]
             with np.errstate(over="ignore", invalid="ignore"):  # looked for below
@@ -111,11 +138,16 @@ class _Rounds:
                 )
         arrays = {PARAMETERS: parameters, STATE: state}
         arrays |= {f"{METRICS}{r.header.site}/": r.metrics for r in replies}
+        for reply in replies:
+            if reply.header.certificate is not None:
+                self._store.keep_certificate(self._session.id, reply.header.site, reply.header.certificate)
         self._store.record(self._session.id, number, joined(arrays), answers)
         return parameters, state
 
     def _ask(self, job: Job) -> tuple[list[Reply], tuple[SiteAnswer, ...]]:
-        content = encode(job)
+        # One message for all: each site finds its own anchor in it.
+        anchored = job.header.model_copy(update={"anchors": self._store.heads()})
+        content = encode(Job(anchored, job.parameters, job.scaling))
         answers: list[SiteAnswer] = []
         for attempt in range(self._settings.attempts):
             if attempt:
@@ -144,6 +176,7 @@ class _Rounds:
                 replies[answer.site] = reply
             answers.append(answer)
         answers.sort(key=lambda a: a.site)
+        self._store.remember({a.site: a.head for a in answers if a.outcome == "reply"})
         return list(replies.values()), answers
 
     def _read(self, delivery: Delivery, job: Job) -> tuple[Reply | None, SiteAnswer]:
@@ -167,7 +200,10 @@ class _Rounds:
             weight=told.weight,
             training=told.training.model_dump(mode="json") if told.training else None,
             evaluation=told.evaluation.model_dump(mode="json") if told.evaluation else None,
+            statistics=told.statistics.model_dump(mode="json") if told.statistics else None,
             exact=told.exact,
+            released=released(message.update, message.metrics),
+            head=told.head,
         )
 
     def _nodes(self) -> list[int]:
@@ -187,6 +223,19 @@ class _Rounds:
                     remedy="see who is missing: fedward-server sites FOLDER",
                 )
             time.sleep(PAUSE)
+
+
+def noised_sums(study: Study, asked: Round, checkpoint: Arrays) -> tuple[Arrays, list[float]]:
+    """All sites' statistics together, and the standard deviation of each site's noise.
+
+    Args:
+        asked: round 0 of a session.
+        checkpoint: its arrays.
+    """
+    answers = [a for a in asked.answers if a.outcome == "reply"]
+    sums = merged([part(checkpoint, f"{METRICS}{a.site}/") for a in answers])
+    noise = [EVENT.validate_python(a.statistics).noise_multiplier * sensitivity(study) for a in answers]
+    return sums, noise
 
 
 def _printable(text: str) -> str:

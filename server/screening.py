@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from common.errors import MessageError
-from common.messages import Arrays, Job, Refusal, Reply, decode
+from common.messages import STATISTICS_ROUND, Arrays, Job, Refusal, Reply, decode
 from common.metrics import EXACT_BINS, histogram_shapes
+from common.statistics import layout
 from common.study import Study
 
 LARGEST_WEIGHT = 1_000_000_000
@@ -29,16 +30,20 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
         raise MessageError("the reply belongs to another round", remedy="update the site's software")
     if header.weight > LARGEST_WEIGHT:
         raise MessageError(f"a weight of {header.weight}", remedy="check the site's public size")
-    trains = asked.round <= study.algorithm.rounds
+    statistics = asked.round == STATISTICS_ROUND
+    trains = not statistics and asked.round <= study.algorithm.rounds
     _same_arrays(message.update, job.parameters if trains else {}, "update")
-    evaluates = study.evaluates_in(asked.round)
+    # A site whose policy keeps its evaluation answers without metrics.
+    evaluates = study.evaluates_in(asked.round) and bool(message.metrics)
     exact = asked.metrics == "exact" or not study.private
     if header.exact != (evaluates and exact):
         raise MessageError("metrics with other noise than was asked for", remedy="update the site's software")
-    costs = (study.private and trains, study.private and evaluates and not exact)
-    if (header.training is not None, header.evaluation is not None) != costs:
+    costs = (study.private and trains, study.private and evaluates and not exact, statistics)
+    if tuple(e is not None for e in (header.training, header.evaluation, header.statistics)) != costs:
         raise MessageError("a reply that hides what it cost", remedy="update the site's software")
     shapes = histogram_shapes(study, EXACT_BINS if exact else study.evaluation.bins) if evaluates else {}
+    if statistics:
+        shapes = layout(study)
     if {n: (a.shape, a.dtype) for n, a in message.metrics.items()} != {
         n: (s, np.dtype(np.float64)) for n, s in shapes.items()
     }:

@@ -32,6 +32,10 @@ CREATE TABLE IF NOT EXISTS rounds (
     session TEXT NOT NULL REFERENCES sessions(id), round INTEGER NOT NULL, checkpoint TEXT NOT NULL,
     answers TEXT NOT NULL, finished REAL NOT NULL, PRIMARY KEY (session, round)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS heads (
+    number INTEGER PRIMARY KEY, site TEXT NOT NULL, head TEXT NOT NULL, seen REAL NOT NULL,
+    UNIQUE (site, head)
+) STRICT;
 """
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
 
@@ -47,6 +51,7 @@ class Settings:
         patience: seconds to wait for `sites` (and for a quorum) before giving up.
         attempts: how often a round is asked in all, until it has a quorum.
         exact_metrics: ask for metrics without noise (public cohorts only).
+        describe: ask for the cohorts' statistics only, and train nothing.
         seed: of the initial weights; they protect nobody.
         nodes: node id → the site enrolled with that key; a node may answer for no other. Empty in
             simulations.
@@ -58,6 +63,7 @@ class Settings:
     patience: float = 600.0
     attempts: int = 3
     exact_metrics: bool = False
+    describe: bool = False
     seed: int = 0
     nodes: Mapping[str, str] = field(default_factory=dict)
 
@@ -69,8 +75,10 @@ class SiteAnswer:
     Attributes:
         outcome: `reply`, `refusal`, `silence` or `malformed`.
         detail: the reason of anything but a reply.
-        training, evaluation: privacy events as JSON values.
+        training, evaluation, statistics: privacy events as JSON values.
         exact: its metrics carry no noise.
+        released: digest of the numbers that came (`common.messages.released`).
+        head: of the site's ledger, as the reply tells it.
     """
 
     site: str
@@ -79,7 +87,10 @@ class SiteAnswer:
     weight: int = 0
     training: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+    statistics: dict[str, Any] | None = None
     exact: bool = False
+    released: str = ""
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Round:
-    """A round that counts, or the final evaluation."""
+    """A round that counts, the final evaluation, or (number 0) the cohorts' statistics."""
 
     number: int
     checkpoint: str
@@ -193,7 +204,7 @@ class Store:
             )
 
     def rounds(self, session: str) -> tuple[Round, ...]:
-        """The rounds that count so far, in order."""
+        """The rounds that count so far, in order; round 0 are the statistics, if there are any."""
         with self._database() as database:
             rows = database.execute(
                 "SELECT round, checkpoint, answers, finished FROM rounds WHERE session = ? ORDER BY round",
@@ -205,10 +216,37 @@ class Store:
         )
 
     def rounds_done(self, session: str) -> int:
-        """How many rounds count so far."""
+        """How many rounds count so far, statistics apart."""
+        query = "SELECT COUNT(*) FROM rounds WHERE session = ? AND round > 0"
         with self._database() as database:
-            row = database.execute("SELECT COUNT(*) FROM rounds WHERE session = ?", (session,)).fetchone()
-        return int(row[0])
+            return int(database.execute(query, (session,)).fetchone()[0])
+
+    def remember(self, heads: Mapping[str, str]) -> None:
+        """Keep the heads of sites' ledgers, over all sessions. One that a stored reply tells again is no
+        later one."""
+        rows = [(site, head, time.time()) for site, head in heads.items()]
+        with self._database() as database:
+            database.executemany("INSERT OR IGNORE INTO heads (site, head, seen) VALUES (?, ?, ?)", rows)
+
+    def heads(self) -> dict[str, str]:
+        """Site → the last head of its ledger that was seen."""
+        with self._database() as database:
+            rows = database.execute("SELECT site, head, MAX(number) FROM heads GROUP BY site").fetchall()
+        return {site: head for site, head, _ in rows}
+
+    def keep_certificate(self, session: str, site: str, token: str) -> None:
+        """Keep what a site certifies of a session; a later one replaces it."""
+        path = self._certificates(session) / f"{site}.jws"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(path, token.encode(), mode=0o644)
+
+    def certificates(self, session: str) -> dict[str, str]:
+        """Site → its certificate of a session (JWS, unchecked)."""
+        paths = sorted(self._certificates(session).glob("*.jws"))
+        return {path.stem: path.read_text(encoding="latin-1") for path in paths}
+
+    def _certificates(self, session: str) -> Path:
+        return self.root / "certificates" / session
 
     def checkpoint_path(self, session: str, number: int) -> Path:
         return self.root / "checkpoints" / session / f"round-{number:06d}.safetensors"

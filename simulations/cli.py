@@ -50,6 +50,13 @@ Changes = Annotated[
 ]
 
 
+Quorum = Annotated[int | None, typer.Option(help="So many sites make a round; all if absent.", min=1)]
+State = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the sites' policies and ledgers, which go on from run to run."),
+]
+
+
 class Engine(StrEnum):
     """Where the sites run."""
 
@@ -163,6 +170,8 @@ def run(
     exact_metrics: Annotated[
         bool, typer.Option("--exact-metrics", help="Metrics without noise; for data that is public anyway.")
     ] = False,
+    quorum: Quorum = None,
+    state: State = None,
     changed: Changes = None,
     json: JsonOption = False,
 ) -> None:
@@ -183,6 +192,8 @@ def run(
                     seed=None if seed is None else seed + number,
                     exact_metrics=exact_metrics,
                     memory_bytes=int(memory * 2**30),
+                    quorum=quorum,
+                    state=state,
                 )
                 place = folder if repeat == 1 else folder / f"seed-{settings.seed}"
                 if engine is Engine.ray:
@@ -196,6 +207,32 @@ def run(
         show(speaker, wanted, [run.report for run in runs])
         speaker.say(f"Run folder: {folder}")
         speaker.answer({"folder": str(folder), **summary(runs)})
+
+
+@app.command()
+def describe(
+    study: StudyName,
+    sites: Sites,
+    out: Annotated[Path, typer.Option(help="Folder that gets the run's folder.")] = Path("runs"),
+    seed: Annotated[int | None, typer.Option(help="Repeatable run; else the system's noise.")] = None,
+    minimum_patients: Annotated[int, typer.Option(help="What is about fewer is left out.", min=1)] = 10,
+    quorum: Quorum = None,
+    state: State = None,
+    changed: Changes = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the sites' cohorts together, from noised statistics, before anything is trained."""
+    from common.statistics import asked
+    from server.description import show_description
+    from simulations.engine import SimulationSettings, simulate
+    from simulations.runs import new_run_folder
+
+    with speaking(json) as speaker:
+        wanted = find_study(study, changed or [])
+        asked(wanted)
+        settings = SimulationSettings(seed=seed, quorum=quorum, state=state, describe=True)
+        done = simulate(wanted, sites, new_run_folder(out, wanted), settings)
+        show_description(speaker, done.store, done.session, minimum_patients)
 
 
 class Published(StrEnum):

@@ -19,12 +19,17 @@ class Benchmark(StrEnum):
     loop = "loop"
     sites = "sites"
     deployment = "deployment"
+    noise = "noise"
+    accounting = "accounting"
+    ledger = "ledger"
 
 
 def benchmark(
     names: Annotated[
         list[Benchmark] | None,
-        typer.Argument(metavar="[NAME]…", help="loop, sites, deployment; all if absent."),
+        typer.Argument(
+            metavar="[NAME]…", help="loop, sites, deployment, noise, accounting, ledger; all if absent."
+        ),
     ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Also Flower's Ray runtime; it listens on all interfaces meanwhile.")
@@ -34,9 +39,12 @@ def benchmark(
     most_sites: Annotated[int, typer.Option(help="Where `sites` ends.", min=4)] = 256,
     json: JsonOption = False,
 ) -> None:
-    """Measure: against a plain training loop, as sites grow, and in a real deployment on loopback."""
+    """Measure: against a plain training loop, as sites grow, in a real deployment, noise and accounting."""
+    from simulations.benchmarks.accounting import compare_accounting
     from simulations.benchmarks.deployment import compare_deployment
+    from simulations.benchmarks.ledger import compare_ledger
     from simulations.benchmarks.loop import compare_loop
+    from simulations.benchmarks.noise import compare_noise
     from simulations.benchmarks.sites import SITES, compare_sites
 
     with speaking(json) as speaker, tempfile.TemporaryDirectory(prefix="fedward-") as temporary:
@@ -52,6 +60,12 @@ def benchmark(
                 found.append(
                     compare_sites(folder, counts=counts, rounds=min(rounds, 10), repeats=min(repeats, 3))
                 )
+            elif name is Benchmark.noise:
+                found += compare_noise(folder, repeats=repeats)
+            elif name is Benchmark.accounting:
+                found += compare_accounting(folder, repeats=repeats)
+            elif name is Benchmark.ledger:
+                found.append(compare_ledger(folder))
             else:
                 found.append(compare_deployment(folder, rounds=min(rounds, 10)))
         for each in found:

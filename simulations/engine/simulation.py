@@ -37,6 +37,8 @@ class SimulationSettings:
     exact_metrics: bool = False
     memory_bytes: int = 4 << 30
     quorum: int | None = None
+    describe: bool = False
+    state: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
     Raises:
         SiteError, StudyError: if a site or the study is wrong.
     """
-    places = find_sites(sites, run)
+    places = find_sites(sites, settings.state or run / "sites")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,6 +77,7 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
             quorum=settings.quorum or len(places),
             deadline=24 * 3600.0,
             exact_metrics=settings.exact_metrics,
+            describe=settings.describe,
             seed=settings.seed or 0,
         ),
     )

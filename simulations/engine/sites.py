@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from client.door import Answer
-from client.policy import approve
+from client.policy import approval_of, approve, load_policy, set_policy
 from client.settings import SiteFolder
-from client.site import make_split_key, open_vault
+from client.site import make_site_keys, open_vault
 from client.vault import Vault
-from common.errors import SiteError
+from common.errors import PolicyForbids, SiteError
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
 from common.study import Study
 
 SITE_KEY = "site-index"
+# A simulated cohort's lifetime, unless a policy lies in its state folder already: one study fits.
+AMPLE_EPSILON, AMPLE_DELTA = 1000.0, 1e-2
 DATA_GROWTH = 4  # tensors and tables in memory ÷ bytes on disk, a cautious guess
 
 
@@ -36,8 +39,11 @@ class SitePlace:
         return SiteFolder(self.root, self.state)
 
 
-def find_sites(sites: Path, run: Path) -> tuple[SitePlace, ...]:
+def find_sites(sites: Path, states: Path) -> tuple[SitePlace, ...]:
     """The sites in a folder of site folders, in the order of their names.
+
+    Args:
+        states: folder that gets one folder a site.
 
     Raises:
         SiteError: if there is none, one is wrong, or two have the same name.
@@ -51,11 +57,11 @@ def find_sites(sites: Path, run: Path) -> tuple[SitePlace, ...]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise SiteError(f"{sites}: two sites are named {sorted(twice)[0]}", remedy="give each its own name")
-    return tuple(SitePlace(root, run / "sites" / name) for root, name in zip(roots, names, strict=True))
+    return tuple(SitePlace(root, states / name) for root, name in zip(roots, names, strict=True))
 
 
 def admit(place: SitePlace, study: Study, public: bool) -> None:
-    """Play the site's operator: approve the study for one session, in the run's own policy.
+    """Play the site's operator: approve the study for one session, if it isn't, as the policy allows.
 
     Args:
         public: the researcher says that this cohort is public, so exact metrics are allowed.
@@ -65,9 +71,16 @@ def admit(place: SitePlace, study: Study, public: bool) -> None:
     """
     place.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = place.folder()
-    make_split_key(folder)
-    plan = plan_study(study, folder.file.site.public_size)
-    approve(folder, study, plan, by="simulation", public=public or not study.private)
+    make_site_keys(folder)
+    if not folder.policy_path.exists():
+        set_policy(folder, {"cohort": {"epsilon": AMPLE_EPSILON, "delta": AMPLE_DELTA}})
+    policy = load_policy(folder)
+    if policy.standing(study.digest) is not None:
+        return
+    wanted = approval_of(study, "simulation", public=public or not study.private)
+    plan = plan_study(study, folder.file.site.public_size, policy.limits(wanted))
+    with suppress(PolicyForbids):  # then the vault refuses, as a real one would
+        approve(folder, study, wanted, plan)
 
 
 def open_simulated(place: SitePlace, seed: int | None) -> Vault:

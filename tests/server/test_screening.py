@@ -14,11 +14,13 @@ from common.errors import MessageError
 from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, ReplyHeader, encode
 from common.metrics import EXACT_BINS, histogram_shapes
 from common.models import parameter_arrays, study_model
-from common.privacy.mechanism import SubsampledGaussian
+from common.privacy.mechanism import GaussianRelease, SubsampledGaussian
+from common.statistics import layout
 from common.study import Study
 from server.screening import LARGEST_WEIGHT, screened
 
 BINARY = study(evaluation={"every": 1})
+SURVEY = study(statistics={"epsilon": 1.0, "delta": 1e-4, "bins": 4})
 MULTI = study(data={"label": classes(3)}, objective={"task": "multi-class"}, evaluation={"every": 1})
 
 COST = SubsampledGaussian(noise_multiplier=2.0, sample_rate=0.5, steps=3)
@@ -128,3 +130,73 @@ def test_an_update_after_the_last_round() -> None:
     told = Reply(reply.header, asked(BINARY).parameters, reply.metrics)
     with pytest.raises(MessageError, match="update"):
         screened(encode(told), asked(BINARY, 4), BINARY)
+
+
+# --- a site that keeps its evaluation
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_reply_without_metrics_passes_for_nothing(number: int, exact: bool) -> None:
+    """Its policy keeps them: the update counts all the same, and no evaluation may be charged for."""
+    job, reply = asked(BINARY, number, exact), honest(BINARY, number)
+    header = reply.header.model_copy(update={"evaluation": None, "exact": False})
+    assert isinstance(screened(encode(Reply(header, reply.update, {})), job, BINARY), Reply)
+    for changes in ({"evaluation": COST}, {"exact": True}, {"exact": True, "evaluation": COST}):
+        odd = header.model_copy(update=changes)
+        with pytest.raises(MessageError, match=r"cost|noise"):
+            screened(encode(Reply(odd, reply.update, {})), job, BINARY)
+
+
+# --- statistics
+
+RELEASE = GaussianRelease(noise_multiplier=3.0)
+
+
+def survey(**changes: Any) -> Reply:
+    header = {"session": "one", "round": 0, "study": SURVEY.digest, "site": "north", "weight": 40}
+    arrays = {"metrics": {n: np.ones(s) for n, s in layout(SURVEY).items()}, "update": {}}
+    arrays |= {n: changes.pop(n) for n in list(changes) if n in arrays}
+    return Reply(ReplyHeader(**header | {"statistics": RELEASE} | changes), **arrays)
+
+
+def asked_for_statistics() -> Job:
+    return Job(JobHeader(session="one", round=0, study=SURVEY.digest), {})
+
+
+def test_honest_statistics_pass() -> None:
+    found = screened(encode(survey()), asked_for_statistics(), SURVEY)
+    assert isinstance(found, Reply)
+    assert found.header == survey().header
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"statistics": None},
+        {"training": COST},
+        {"evaluation": COST},
+        {"exact": True},
+        {"round": 1},
+        {"metrics": {}},
+        {"metrics": {"scores": np.ones((2, 10))}},
+        {"metrics": {n: np.full(s, np.nan) for n, s in layout(SURVEY).items()}},
+        {"metrics": {n: np.ones(s, np.float32) for n, s in layout(SURVEY).items()}},
+        {"metrics": {n: np.ones((*s, 1)) for n, s in layout(SURVEY).items()}},
+        {"update": asked(SURVEY).parameters},
+    ],
+    ids=lambda c: str(c)[:40],
+)
+def test_statistics_of_another_kind_do_not(changes: dict[str, Any]) -> None:
+    with pytest.raises(MessageError):
+        screened(encode(survey(**changes)), asked_for_statistics(), SURVEY)
+
+
+def test_statistics_in_a_round_of_training_do_not_pass() -> None:
+    reply = honest(SURVEY, 1)
+    header = reply.header.model_copy(update={"statistics": RELEASE})
+    with pytest.raises(MessageError, match="cost"):
+        screened(encode(Reply(header, reply.update, reply.metrics)), asked(SURVEY, 1), SURVEY)
+    told = Reply(reply.header, reply.update, survey().metrics)
+    with pytest.raises(MessageError):
+        screened(encode(told), asked(SURVEY, 1), SURVEY)

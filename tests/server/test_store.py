@@ -13,11 +13,13 @@ from server import store as module
 from server.store import FINISHED, RUNNING, Settings, SiteAnswer, Store
 
 WANTED = study()
-SETTINGS = Settings(sites=4, quorum=3, deadline=1.5, exact_metrics=True, seed=7)
+SETTINGS = Settings(
+    sites=4, quorum=3, deadline=1.5, exact_metrics=True, describe=True, seed=7, nodes={"7": "ash"}
+)
 ARRAYS = {"parameters/w": np.arange(6, dtype=np.float32).reshape(2, 3), "state/n": np.array([3])}
 EVENT = {"mechanism": "subsampled-gaussian", "steps": 2}
 ANSWERS = (
-    SiteAnswer("ash", "reply", weight=40, training=EVENT),
+    SiteAnswer("ash", "reply", weight=40, training=EVENT, statistics=EVENT, released="1" * 64, head="2" * 64),
     SiteAnswer("node 7", "silence", "no answer"),
 )
 
@@ -112,3 +114,46 @@ def test_a_reader_beside_a_writer_sees_whole_rounds(store: Store) -> None:
 
 def test_it_is_for_the_coordinator_only(store: Store) -> None:
     assert store.root.stat().st_mode & 0o077 == 0
+
+
+def test_statistics_are_round_0_and_no_round_of_training(store: Store) -> None:
+    store.record("one", 0, ARRAYS, ANSWERS)
+    assert store.rounds_done("one") == 0
+    store.record("one", 1, ARRAYS, ANSWERS)
+    assert store.rounds_done("one") == 1
+    assert [r.number for r in store.rounds("one")] == [0, 1]
+    assert set(store.checkpoint("one", 0)) == set(ARRAYS)
+
+
+def test_the_last_head_of_each_site_is_remembered_over_all_sessions(store: Store) -> None:
+    assert store.heads() == {}
+    store.remember({"ash": "1" * 64, "birch": "2" * 64})
+    store.remember({"ash": "3" * 64})
+    store.remember({})
+    assert Store(store.root).heads() == {"ash": "3" * 64, "birch": "2" * 64}
+
+
+def test_a_head_that_is_told_again_is_no_later_one(store: Store) -> None:
+    """A stored reply tells the head of its day, which another session may have passed since."""
+    for head in ("1", "2", "3", "1", "2"):
+        store.remember({"ash": head * 64})
+        assert store.heads() == {"ash": max(head, store.heads()["ash"][0]) * 64}
+    store.remember({"birch": "1" * 64})  # two sites' heads have nothing to do with each other
+    assert store.heads() == {"ash": "3" * 64, "birch": "1" * 64}
+
+
+def test_a_clock_that_jumps_back_confuses_no_head(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for now, head in ((1e9, "1"), (5.0, "2"), (1e12, "1")):
+        monkeypatch.setattr(module.time, "time", lambda now=now: now)
+        store.remember({"ash": head * 64})
+    assert store.heads() == {"ash": "2" * 64}
+
+
+def test_certificates_are_kept_by_session_and_site(store: Store) -> None:
+    assert store.certificates("one") == {}
+    store.keep_certificate("one", "ash", "a.b.c")
+    store.keep_certificate("one", "birch", "d.e.f")
+    store.keep_certificate("one", "ash", "g.h.i")
+    store.keep_certificate("two", "ash", "j.k.l")
+    assert Store(store.root).certificates("one") == {"ash": "g.h.i", "birch": "d.e.f"}
+    assert store.certificates("two") == {"ash": "j.k.l"}

@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from simulations.benchmarks import deployment
 from simulations.benchmarks.loop import compare_loop
 from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing
+from simulations.benchmarks.noise import Network, compare_noise
 from simulations.benchmarks.plain import run_loop
 from simulations.benchmarks.sites import compare_sites, peak_bytes
 from simulations.benchmarks.workload import benchmark_study, write_sites
@@ -72,6 +74,22 @@ def test_sites_are_sound(tmp_path: Path) -> None:
     assert [place.folder().file.site.public_size for place in places] == [20, 20, 20]
 
 
+def test_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.dpsgd.DRAWN_AHEAD", 500)
+    monkeypatch.setattr("simulations.benchmarks.noise.DRAWN_AHEAD", 500)
+    threads = torch.get_num_threads()
+    networks = (Network(5, (3,), 4), Network(50, (10,), 4))
+    draws, *steps = compare_noise(tmp_path, repeats=2, values=1000, networks=networks, steps=3)
+    ours = ["fedward's normals, float64", "fedward's normals, added, put on the grid, divided"]
+    check(draws, ["torch.randn, float32", *ours, "torch.randn, added, divided, float32"])
+    for found in steps:
+        check(found, ["drawn in turn", "drawn ahead where it pays"])
+    assert [found.name for found in steps] == ["noise-ahead-58-4", "noise-ahead-620-4"]
+    assert "too few" in steps[0].title
+    assert "it pays" in steps[1].title
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.deployment
 def test_the_deployment(tmp_path: Path) -> None:
     if not deployment.available():
@@ -97,3 +115,19 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = CliRunner().invoke(app, ["benchmark", "loop"])
     assert "A loop" in shown.stdout
     assert CliRunner().invoke(app, ["benchmark", "nonsense"]).exit_code == 2
+
+
+def test_the_command_for_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = Timing(1.0, 0.1, 5)
+    made = Comparison("noise", "Noise", (Result("torch", (timing,)), Result("ours", (timing,))))
+    asked: list[dict[str, object]] = []
+
+    def fake(_: Path, **options: object) -> tuple[Comparison, ...]:
+        asked.append(options)
+        return (made,)
+
+    monkeypatch.setattr("simulations.benchmarks.noise.compare_noise", fake)
+    told = CliRunner().invoke(app, ["benchmark", "noise", "--repeats", "3", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == {"benchmarks": [made.as_json()]}
+    assert asked == [{"repeats": 3}]
