@@ -152,12 +152,12 @@ class Cluster:
         self.names = tuple(names)
         self.prepare = prepare
         self.cold = cold
-        self.start_vault = vault or fake_vault(echo)
+        self._vault = vault or fake_vault(echo)
         self.coordinator: CoordinatorFolder
         self.sites: dict[str, SiteFolder] = {}
         self.node_ids: dict[str, int] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._stops: list[Stop] = []
+        self._stops: dict[str, Stop] = {}
 
     def __enter__(self) -> Cluster:
         try:
@@ -197,10 +197,18 @@ class Cluster:
     def add_site(self, name: str) -> None:
         """Make a site, start its vault, enrol it and connect it."""
         site = self.sites[name] = self.folder_for(name)
-        self._stops.append(self.start_vault(site))
+        self.start_vault(name)
         key = site.node_key_path.with_suffix(".pub")
         self.node_ids[name] = flower.register_node(self.coordinator, key, name)
         self.connect(name)
+
+    def start_vault(self, name: str) -> None:
+        self._stops[name] = self._vault(self.sites[name])
+
+    def stop_vault(self, name: str) -> None:
+        """End a site's vault; its SuperNode stays."""
+        self._stops.pop(name)()
+        self.sites[name].socket_path.unlink(missing_ok=True)
 
     def connect(self, name: str) -> None:
         start = "cold" if name in self.cold else "warm"
@@ -279,8 +287,8 @@ class Cluster:
                 process.kill()
                 process.wait()
         self.processes.clear()
-        while self._stops:
-            self._stops.pop()()
+        for name in list(self._stops):
+            self.stop_vault(name)
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,15 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import START_SECONDS, Cluster, pids, vault_process
+from opacus.accountants.analysis.rdp import compute_rdp
 
-from client.ledger import spending
-from client.policy import load_policy
+from client.ledger import read_account, spending
+from client.policy import approval_of, approve, load_policy, set_policy
 from client.settings import SiteFolder
+from client.site import make_site_keys
+from common.privacy.mechanism import GaussianRelease, SubsampledGaussian, rate_and_steps
 from common.privacy.noise import Seeded
+from common.privacy.plan import plan_study
 from common.study import Study, load_study
 from server import sessions
 from server.coordinator import PARAMETERS, part
-from server.store import FAILED
+from server.store import FAILED, FINISHED
 from simulations.datasets import fetch, prepare
 from simulations.engine import SimulationSettings, simulate
 from simulations.studies import ready_study
@@ -31,6 +36,8 @@ pytestmark = [pytest.mark.deployment, pytest.mark.shared]
 
 SEED = 7
 ROUNDS = 5
+LIFETIME, DELTA = 1.4, 1e-2  # of one hospital; the others have plenty
+STUDIES, SMALL_EPSILON = 10, 0.4
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,9 @@ def consortium(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         key.parent.mkdir(mode=0o700)
         key.write_bytes(Seeded(SEED).key("split", folder.name))
         key.chmod(0o600)
+        make_site_keys(SiteFolder(folder))
+        lifetime = LIFETIME if folder.name == names[0] else 100.0
+        set_policy(SiteFolder(folder), {"cohort": {"epsilon": lifetime, "delta": DELTA}})
 
     script = str(Path(__file__).with_name("seeded_vault.py"))
     vault = vault_process(lambda site: [sys.executable, script, str(site.root), str(SEED)])
@@ -135,3 +145,113 @@ def test_a_second_session_is_refused_because_the_budget_is_spent(consortium: Clu
     status, told = command("fedward-server", "run", consortium.coordinator.root, study)
     assert status == 8
     assert str(told["message"]).count("budget-exhausted") == len(consortium.names)
+
+
+def small_study(study: Path, number: int) -> Study:
+    """One of ten studies on the same cohort: one round, a small ε."""
+    value = load_study(study).model_dump(mode="json")
+    value |= {"title": f"Small study {number}", "algorithm": {"rounds": 1}}
+    value["privacy"]["epsilon"] = SMALL_EPSILON
+    return Study.model_validate(value)
+
+
+def fitting(folder: SiteFolder, wanted: Study) -> int:
+    """How many of these studies the lifetime budget has left, by Opacus's Rényi accountant."""
+    budget = load_policy(folder).cohort
+    assert budget is not None
+    order = budget.filter().order
+
+    def rdp(event: SubsampledGaussian | GaussianRelease) -> float:
+        rate, steps = rate_and_steps(event)
+        return float(compute_rdp(q=rate, noise_multiplier=event.noise_multiplier, steps=steps, orders=order))
+
+    capacity = budget.epsilon - math.log1p(-1 / order) + (math.log(DELTA) + math.log(order)) / (order - 1)
+    begun = {r.session: r.plan for r in read_account(folder.ledger_path).reserved.values()}
+    plan = plan_study(wanted, folder.file.site.public_size)
+    costs = [
+        max(rdp(p.training_event(p.rounds)), sum(rdp(e) for e in p.evaluation_events()))
+        for p in (*begun.values(), plan)
+    ]
+    return math.floor((capacity - sum(costs[:-1])) / costs[-1])
+
+
+def test_ten_studies_on_one_cohort_stop_where_the_policy_says_and_the_others_go_on(
+    consortium: Cluster, study: Path, tmp_path: Path
+) -> None:
+    tight, *others = consortium.names
+    last = fitting(consortium.sites[tight], small_study(study, 0))
+    assert 1 <= last < STUDIES - 1
+    store = sessions.store_of(consortium.coordinator)
+    for number in range(1, STUDIES + 1):
+        wanted = small_study(study, number)
+        for site in consortium.sites.values():
+            approve(
+                site, wanted, approval_of(wanted, "officer"), plan_study(wanted, site.file.site.public_size)
+            )
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(wanted.canonical)
+        status, told = command(
+            "fedward-server", "run", consortium.coordinator.root, path, "--quorum", str(len(others))
+        )
+        assert status == 0, told
+        for each in store.rounds(str(told["session"])):
+            outcomes = {a.site: a.outcome for a in each.answers}
+            assert all(outcomes[name] == "reply" for name in others)
+            assert outcomes[tight] == ("reply" if number <= last else "refusal"), (number, last)
+            details = [a.detail for a in each.answers if a.outcome == "refusal"]
+            assert all("budget-exhausted: the lifetime budget" in d for d in details)
+    told_by_site = command("fedward-site", "budget", consortium.sites[tight].root)[1]
+    assert isinstance(told_by_site["lifetime"], dict)
+    assert 0.6 < told_by_site["lifetime"]["share_reserved"] <= 1 + 1e-9
+
+
+def test_every_certificate_of_the_deployment_holds_but_for_its_seeds(consortium: Cluster) -> None:
+    """The vaults of these tests are seeded, which a certificate doesn't hide."""
+    root = consortium.coordinator.root
+    store = sessions.store_of(consortium.coordinator)
+    session = next(s for s in store.sessions() if s.status == FINISHED)
+    study = root / "study.json"
+    study.write_bytes(session.study.canonical)
+    folder = root / "store" / "certificates" / session.id
+    keys = [f"{name}={site.signing_key_path.with_suffix('.pub')}" for name, site in consortium.sites.items()]
+    options = [o for key in keys for o in ("--key", key)]
+    line = ["fedward-audit", "verify", folder, "--study", study, "--store", root / "store", *options]
+    assert command(*line)[0] != 0
+    status, told = command(*line, "--allow-seeded")
+    assert status == 0, told
+
+
+def test_a_hospital_that_was_put_back_is_refused_until_it_is_whole_again(
+    consortium: Cluster, study: Path
+) -> None:
+    """The whole state folder of an earlier day: only the coordinator can tell."""
+    name = consortium.names[-1]
+    site = consortium.sites[name]
+    wanted = small_study(study, 99)
+    path = consortium.root / "again.json"
+    path.write_bytes(wanted.canonical)
+    for each in consortium.sites.values():
+        twice = approval_of(wanted, "officer", sessions=2)
+        approve(each, wanted, twice, plan_study(wanted, each.file.site.public_size))
+    consortium.stop_vault(name)
+    ledger = site.ledger_path.parent
+    kept = ledger.with_name("kept")
+    shutil.copytree(ledger, kept)
+    lines = site.ledger_path.read_bytes().splitlines(keepends=True)
+    site.ledger_path.write_bytes(b"".join(lines[:2]))
+    shutil.rmtree(site.replies)
+    (ledger / "head").unlink()
+    consortium.start_vault(name)
+    options = ("--quorum", "2")
+    status, told = command("fedward-server", "run", consortium.coordinator.root, path, *options)
+    assert status == 0, told
+    answers = sessions.store_of(consortium.coordinator).rounds(str(told["session"]))[0].answers
+    assert [a.site for a in answers if "ledger-rolled-back" in a.detail] == [name]
+    consortium.stop_vault(name)
+    shutil.rmtree(ledger)
+    kept.rename(ledger)
+    consortium.start_vault(name)
+    status, told = command("fedward-server", "run", consortium.coordinator.root, path, *options)
+    assert status == 0, told
+    answers = sessions.store_of(consortium.coordinator).rounds(str(told["session"]))[0].answers
+    assert name in {a.site for a in answers if a.outcome == "reply"}
