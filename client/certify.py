@@ -45,21 +45,21 @@ class Issuer:
     folder: Path | None = None
 
     def issue(self, study: Study, answered: Sequence[Committed], ledger: LedgerClaims) -> str:
-        """Sign what left in a session, and keep the certificate.
+        """Sign what left in a session.
 
         Args:
             answered: the session's rounds that released something, at least one.
             ledger: where the site's ledger stands.
 
         Raises:
-            SiteError: if nothing was released, or the file can't be written.
+            SiteError: if nothing was released.
             CertificateError: if it would be too long.
         """
         if not answered:
             raise SiteError("nothing of this session has left the site", remedy="name another session")
         ordered = sorted(answered, key=lambda c: c.reservation.round)
         last = ordered[-1].reservation
-        token = sign(
+        return sign(
             Claims(
                 site=self.site,
                 session=last.session,
@@ -81,12 +81,16 @@ class Issuer:
             ),
             self.key,
         )
-        if self.folder is not None:
-            self._keep(last.session, token)
-        return token
 
-    def _keep(self, session: str, token: str) -> None:
-        path = self.folder / f"{session}.jws" if self.folder else Path()
+    def keep(self, session: str, token: str) -> None:
+        """Write a certificate whose last release has been committed.
+
+        Raises:
+            SiteError: if the file can't be written.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / f"{session}.jws"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(path, token.encode(), mode=0o644)

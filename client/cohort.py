@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from common.study import Study
 from common.table import Positions, Table, Violation, refuse
 
 SHORTEST_SPLIT_KEY = 16  # bytes
+_LANE_RECORDS = 1024  # at a time
 _PARTS = {"train": 0, "test": 1}
 
 
@@ -51,6 +53,16 @@ class Patients:
 
     def __repr__(self) -> str:  # sizes are private
         return "Patients(…)"
+
+    @cached_property
+    def lanes(self) -> torch.Tensor:
+        """A number that follows from each record's own features, int64 [records]; see client/blocks."""
+        found = [torch.zeros(0, dtype=torch.int64)]
+        for part in self.features.flatten(start_dim=1).split(_LANE_RECORDS):
+            bits = part.contiguous().view(torch.int32).long()
+            odd = torch.arange(1, 2 * bits.shape[1], 2) * 0x9E3779B1
+            found.append((bits * odd).sum(dim=1).bitwise_right_shift_(24))
+        return torch.cat(found)
 
     def without(self, withdrawn: frozenset[bytes]) -> Patients:
         """The patients whose hash isn't listed; these very ones if none is."""

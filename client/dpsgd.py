@@ -25,6 +25,7 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
+from client.blocks import block_size, filled, layout
 from client.cohort import Patients
 from common.objectives import record_losses
 from common.privacy.noise import Floats, Normals, Stream, noised
@@ -120,14 +121,16 @@ class ClippedGradients:
 
     Args:
         network: taken over: use `network` of this object from here on.
+        expected: public number of records in a step, by which the size of blocks is chosen.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective) -> None:
+    def __init__(self, network: nn.Module, objective: Objective, expected: float = 1.0) -> None:
         self._module = GradSampleModule(network, loss_reduction="sum")
         self._objective = objective
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
         self._max_records = min(MAX_RECORDS, max(1, MAX_GRADIENT_ELEMENTS // max(1, self.size)))
+        self._block = block_size(expected, self._max_records)
 
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of min(1, C / ‖g‖) g, float64 [parameters], with ‖g‖ over all of them.
@@ -139,9 +142,10 @@ class ClippedGradients:
         changes the result by at most C in L2 norm, rounding included: that of a norm is below 2^-40 of
         it; a sum of n patients' vectors is off by at most n² 2^-53 C (Higham 2002, "Accuracy and
         stability of numerical algorithms", section 3.1), which the margin covers twice over up to
-        n = 16,000, and up to many millions unless all roundings conspire. Not covered: g is float32, and
-        its last bits may change with who else is in the batch, because the order in which matrix products
-        are summed depends on their size; measured, that adds up to 1e-7 to 1e-5 of C.
+        n = 16,000, and up to many millions unless all roundings conspire.
+
+        g itself is float32, and is computed in blocks whose size and order tell nothing of who else is
+        there (client/blocks).
 
         Args:
             clipping_norm: C.
@@ -152,10 +156,7 @@ class ClippedGradients:
         return total
 
     def _piece(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
-        outputs = self._module(patients.features[batch.records])
-        losses = record_losses(self._objective, outputs, patients.labels[batch.records])
-        (losses * batch.weights).sum().backward()
-        gradients = [self._per_patient(p, batch) for p in self.parameters]
+        gradients = self._per_patient(patients, batch)
         norms = _norms(gradients)
         sound = norms.isfinite()
         if not sound.all():
@@ -164,14 +165,29 @@ class ClippedGradients:
         scale = clipping_norm * (1.0 - CLIPPING_MARGIN) / norms.clamp(min=1e-300)
         return _weighted_sums(gradients, scale.clamp(max=1.0))
 
-    def _per_patient(self, parameter: nn.Parameter, batch: Batch) -> torch.Tensor:
+    def _per_patient(self, patients: Patients, batch: Batch) -> list[torch.Tensor]:
+        """Each patient's gradient in some order, one float32 matrix [patients, numbers] a parameter."""
+        blocks = list(layout(patients.lanes[batch.records], self._block))
+        alone = batch.one_record_each and len(blocks) == 1
+        grouped = [] if alone else [torch.zeros(batch.patients, p.numel()) for p in self.parameters]
+        for chosen, rows in blocks:
+            records = batch.records[chosen]
+            outputs = self._module(filled(patients.features[records], rows, self._block))
+            labels = filled(patients.labels[records], rows, self._block)
+            weights = filled(batch.weights[chosen], rows, self._block)
+            (record_losses(self._objective, outputs, labels) * weights).sum().backward()
+            found = [self._taken(p)[rows] for p in self.parameters]
+            if alone:
+                return found
+            for together, part in zip(grouped, found, strict=True):
+                together.index_add_(0, batch.patient[chosen], part)
+        return grouped
+
+    def _taken(self, parameter: nn.Parameter) -> torch.Tensor:
         per_record: torch.Tensor = parameter.grad_sample.flatten(start_dim=1)  # type: ignore[attr-defined]
         parameter.grad_sample = None  # type: ignore[attr-defined]
         parameter.grad = None
-        if batch.one_record_each:
-            return per_record
-        grouped = torch.zeros(batch.patients, per_record.shape[1])
-        return grouped.index_add_(0, batch.patient, per_record)
+        return per_record
 
 
 def _in_float64(gradient: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,14 @@ class Committed:
     head: str
 
 
+@dataclass(frozen=True)
+class Head:
+    """Where a ledger stands: number and hash of its last entry."""
+
+    sequence: int
+    hash: str
+
+
 class Account:
     """What a ledger's entries come to.
 
@@ -79,7 +87,7 @@ class Account:
         self.committed: dict[tuple[str, int], Committed] = {}
         self.policy = ""
         self.last_time = 0.0
-        self._heads: dict[tuple[str, int], str] = {}
+        self._heads: dict[tuple[str, int], Head] = {}
         self._charged: dict[tuple[str, str], Reservation] = {}
         self._known: set[str] = {NO_HEAD}
         self._rdp: dict[float, float] = {}  # order → sum over all charges
@@ -96,11 +104,11 @@ class Account:
         """Take one more entry in."""
         body = entry.body
         if entry.kind == "reserve":
-            self._reserve(Reservation.of(body), entry.hash)
+            self._reserve(Reservation.of(body), Head(entry.sequence, entry.hash))
         elif entry.kind == "commit":
             key = str(body["session"]), int(body["round"])
             self.committed[key] = Committed(
-                self.reserved[key], body["reply"], body["released"], body["withdrawn"], self._heads[key]
+                self.reserved[key], body["reply"], body["released"], body["withdrawn"], self._heads[key].hash
             )
         elif entry.kind == "abandon":
             self._abandon((str(body["session"]), int(body["round"])))
@@ -111,7 +119,7 @@ class Account:
         self._known.add(entry.hash)
         self.last_time = max(self.last_time, entry.time)
 
-    def _reserve(self, wanted: Reservation, head: str) -> None:
+    def _reserve(self, wanted: Reservation, head: Head) -> None:
         self.reserved[wanted.key] = wanted
         self._heads[wanted.key] = head
         part = wanted.session, wanted.part
@@ -131,8 +139,8 @@ class Account:
         """Whether some entry has this hash."""
         return head in self._known
 
-    def head_of(self, key: tuple[str, int]) -> str:
-        """The hash of a reservation's entry."""
+    def head_of(self, key: tuple[str, int]) -> Head:
+        """Where the ledger stood with a reservation's entry."""
         return self._heads[key]
 
     def answered(self, session: str) -> list[Committed]:
@@ -210,7 +218,7 @@ class Ledger:
         try:
             self.account = Account(self._journal.entries, path)
             self._check_replies()
-            check_head(path, self.account)
+            check_head(path, self.account, read_head(path))
         except BaseException:
             self.close()
             raise
@@ -282,11 +290,11 @@ class Ledger:
         if policy.digest != (self.account.policy or Policy().digest):
             self._append("policy", {"digest": policy.digest, "content": policy.content})
 
-    def reserve(self, wanted: Reservation, approval: Approval, policy: Policy) -> str:
+    def reserve(self, wanted: Reservation, approval: Approval, policy: Policy) -> Head:
         """Write down what a round will cost; when this returns, it is spent.
 
         Returns:
-            The hash of the round's entry.
+            Where the ledger stands with the round's entry.
 
         Raises:
             BudgetExhausted: if the approval, or the cohort's lifetime budget, has too little left for
@@ -294,7 +302,10 @@ class Ledger:
             Refused: if the session belongs to another study, or was planned otherwise when it began.
             LedgerError: if it can't be written.
         """
-        if wanted.key in self.account.reserved:
+        known = self.account.reserved.get(wanted.key)
+        if known is not None:
+            if replace(known, policy=wanted.policy, withdrawn=wanted.withdrawn) != wanted:
+                raise _planned_otherwise(wanted.session)
             return self.account.head_of(wanted.key)
         if self.account.belongs_to(wanted.session) not in (None, wanted.study):
             raise Refused(
@@ -303,14 +314,11 @@ class Ledger:
         begun = self.account.charged(wanted.session, wanted.part)
         parts = [c for part in PART_OF if (c := self.account.charged(wanted.session, part))]
         if not all(wanted.planned_like(c) for c in parts):
-            raise Refused(
-                f"session {wanted.session} was planned otherwise when it began",
-                remedy="the site's public size, policy or software has changed: start a new session",
-            )
+            raise _planned_otherwise(wanted.session)
         self._admit(wanted, approval, policy, new=begun is None)
         self.note(policy)
         self._append("reserve", wanted.body())
-        return self.head
+        return self.account.head_of(wanted.key)
 
     def _admit(self, wanted: Reservation, approval: Approval, policy: Policy, *, new: bool) -> None:
         before = self.account.spending(wanted.study)
@@ -382,6 +390,13 @@ class Ledger:
         return self._replies / f"{session}.{round_number}.safetensors"
 
 
+def _planned_otherwise(session: str) -> Refused:
+    return Refused(
+        f"session {session} was planned otherwise when it began",
+        remedy="the site's public size, policy, split or software has changed: start a new session",
+    )
+
+
 def head_path(journal: Path) -> Path:
     """Beside the journal: the last head, so that a cut end shows."""
     return journal.with_name("head")
@@ -399,33 +414,54 @@ def remember_head(journal: Path, entry: Entry) -> None:
         ) from None
 
 
-def check_head(journal: Path, account: Account) -> None:
-    """Raises:
-    LedgerError: if the head beside the journal is none of its entries'.
+def read_head(journal: Path) -> str | None:
+    """The head that lies beside the journal; None if there is none."""
+    try:
+        words = head_path(journal).read_bytes().split()
+    except FileNotFoundError:
+        return None
+    return words[1].decode("latin-1") if len(words) == 2 else ""
+
+
+def check_head(journal: Path, account: Account, remembered: str | None) -> None:
+    """Args:
+        remembered: see `read_head`.
+
+    Raises:
+        LedgerError: if it is none of the entries'.
     """
-    path = head_path(journal)
-    if not path.exists():
-        return
-    words = path.read_bytes().split()
-    if len(words) != 2 or not account.knows(words[1].decode("latin-1")):
+    if remembered is not None and not account.knows(remembered):
         raise LedgerError(
-            f"{path}: a head that {journal} does not have: its end was cut, or an older copy put back",
+            f"{head_path(journal)}: a head that {journal} does not have: its end was cut, or an older copy "
+            "put back",
             remedy="restore the latest ledger; if it is lost, count this cohort's budget as spent",
         )
 
 
-def check_certificates(folder: Path, account: Account) -> int:
+def certified_heads(folder: Path) -> dict[Path, str]:
+    """The heads that the site's own certificates name.
+
+    Raises:
+        CertificateError: if a certificate isn't as it was signed.
+    """
+    return {p: read_certificate(p.read_bytes()).claims.ledger.head for p in sorted(folder.glob("*.jws"))}
+
+
+def check_certificates(folder: Path, account: Account, heads: Mapping[Path, str] | None = None) -> int:
     """Hold the heads in the site's own certificates against its ledger; returns how many there are.
+
+    Args:
+        heads: see `certified_heads`; read if absent.
 
     Raises:
         LedgerError: if the ledger lacks a certified head.
         CertificateError: if a certificate isn't as it was signed.
     """
-    paths = sorted(folder.glob("*.jws"))
-    for path in paths:
-        if not account.knows(read_certificate(path.read_bytes()).claims.ledger.head):
+    found = certified_heads(folder) if heads is None else heads
+    for path, head in found.items():
+        if not account.knows(head):
             raise LedgerError(
                 f"{path}: certifies a head that the ledger does not have",
                 remedy="restore the latest ledger; if it is lost, count this cohort's budget as spent",
             )
-    return len(paths)
+    return len(found)

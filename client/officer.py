@@ -312,7 +312,7 @@ def budget(folder: Folder, json: JsonOption = False) -> None:
 @ledger.command()
 def verify(folder: Folder, json: JsonOption = False) -> None:
     """Check every entry's place and signature, and that no end was cut off. Exits with 7 if one is wrong."""
-    from client.ledger import check_certificates, check_head, read_account
+    from client.ledger import Account, certified_heads, check_certificates, check_head, read_head
     from client.settings import SiteFolder
     from common.journal import read_journal
     from common.keys import read_public_key
@@ -320,10 +320,12 @@ def verify(folder: Folder, json: JsonOption = False) -> None:
     with speaking(json) as speaker:
         site = SiteFolder(folder)
         key = read_public_key(site.signing_key_path.with_suffix(".pub"))
+        remembered = read_head(site.ledger_path)  # before the ledger, which only grows
+        certified = certified_heads(site.certificates)
         entries = read_journal(site.ledger_path, key)
-        account = read_account(site.ledger_path, key)
-        check_head(site.ledger_path, account)
-        certificates = check_certificates(site.certificates, account)
+        account = Account(entries, site.ledger_path)
+        check_head(site.ledger_path, account, remembered)
+        certificates = check_certificates(site.certificates, account, certified)
         head = entries[-1].hash if entries else None
         speaker.say(
             f"{site.ledger_path}: {len(entries)} entries, each in its place and signed by this site; the "

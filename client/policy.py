@@ -125,11 +125,12 @@ class Policy(Strict):
         """The approval of a study that nobody has revoked, whether or not its time has come."""
         return next((a for a in self.approved if a.digest == digest and a.revoked_at is None), None)
 
-    def approval(self, digest: str, now: float | None = None) -> Approval:
+    def approval(self, digest: str, now: float | None = None, latest: float | None = None) -> Approval:
         """The approval of a study that counts now.
 
         Args:
             now: seconds since 1970; None looks at no dates.
+            latest: the latest time that was seen, for what has ended; `now` if absent.
 
         Raises:
             NotApproved: if there is none.
@@ -142,7 +143,8 @@ class Policy(Strict):
             )
         if now is not None:
             moment = datetime.fromtimestamp(now, UTC)
-            if not (found.valid_from or moment) <= moment <= (found.valid_until or moment):
+            last = datetime.fromtimestamp(now if latest is None else latest, UTC)
+            if moment < (found.valid_from or moment) or last > (found.valid_until or last):
                 raise NotApproved(
                     f"the approval of study {digest[:12]} is not valid at this time",
                     remedy="its operator may approve it anew: fedward-site revoke, then approve",

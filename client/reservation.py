@@ -30,6 +30,7 @@ class Reservation:
     protective: noise and sampling come from the operating system, not from a simulation's seed.
     policy: digest of the policy in force.
     withdrawn: digest of the withdrawal list in force.
+    split: keyed digest of what decides who trains and who tests.
     """
 
     session: str
@@ -47,6 +48,7 @@ class Reservation:
     protective: bool = True
     policy: str = ""
     withdrawn: str = ""
+    split: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -59,7 +61,8 @@ class Reservation:
 
     def planned_like(self, begun: Reservation) -> bool:
         """Whether this round comes from the plan that was charged when a part of its session began."""
-        if (self.plan, self.public_size) != (begun.plan, begun.public_size):
+        ours = self.plan, self.public_size, self.split
+        if ours != (begun.plan, begun.public_size, begun.split):
             return False
         return self.part != begun.part or (self.epsilon, self.delta) == (begun.epsilon, begun.delta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 
@@ -9,7 +10,7 @@ import torch
 
 from client.certify import Issuer
 from client.cohort import load_records
-from client.ledger import Ledger
+from client.ledger import Ledger, check_certificates
 from client.policy import PolicyReader, signature
 from client.settings import SiteFolder
 from client.vault import Holdings, Vault
@@ -18,6 +19,7 @@ from common.errors import SiteError
 from common.files import read_bounded
 from common.keys import make_signing_key, read_signing_key
 from common.privacy.noise import OperatingSystem, Randomness
+from common.study import Study
 
 SPLIT_KEY_BYTES = 32
 
@@ -54,11 +56,24 @@ def open_vault(
         study=reader.study,
         records=lambda study: load_records(folder, study, key),
         version=lambda: signature(folder.data_path),
+        split=lambda study: _split_of(folder, study, key),
         withdrawn=WithdrawnReader(folder, key),
     )
     ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable)
+    try:
+        check_certificates(folder.certificates, ledger.account)
+    except BaseException:
+        ledger.close()
+        raise
     issuer = Issuer(folder.name, signing, folder.certificates)
     return Vault(holdings, ledger, drawn, issuer, padded=durable)
+
+
+def _split_of(folder: SiteFolder, study: Study, key: bytes) -> str:
+    """Keyed digest of what decides who trains and who tests: the secret, or the file with the column."""
+    column = study.data.split.column
+    decides = "" if column is None else f"{column} {signature(folder.data_path)}"
+    return hmac.digest(key, f"split {decides}".encode(), "sha256").hex()
 
 
 def read_split_key(folder: SiteFolder) -> bytes:
@@ -70,7 +85,10 @@ def read_split_key(folder: SiteFolder) -> bytes:
     path = folder.split_key_path
     key = read_bounded(path, SiteError, limit=1024) if path.exists() else None
     if key is None:
-        raise SiteError(f"{path}: no such file", remedy="make it: fedward-site init, or join")
+        raise SiteError(
+            f"{path}: no such file",
+            remedy="restore its copy: a new key forgets who withdrew. A new site: fedward-site init",
+        )
     if path.stat().st_mode & 0o077:
         raise SiteError(f"{path}: others may read this secret", remedy=f"chmod 600 {path}")
     return key

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from client.blocks import filled, layout
 from client.cohort import Cohort, Patients
 from client.dpsgd import ClippedGradients, batch_of, draw_batch, drawn_ahead, noised_mean
 from client.withdrawal import NOBODY, Withdrawn
@@ -23,7 +24,7 @@ from common.privacy.noise import Stream
 from common.privacy.plan import StudyPlan
 from common.study import Optimizer, Study
 
-EVALUATION_RECORDS = 4096
+EVALUATION_RECORDS = 256
 
 
 class Trainer:
@@ -46,7 +47,8 @@ class Trainer:
         self._withdrawn = withdrawn
         self._consenting: tuple[Patients, Withdrawn, Patients] | None = None
         self._network = study_model(study)
-        self._clipped = ClippedGradients(self._network, study.objective) if plan.private else None
+        expected = plan.step.divisor  # patients; each has a record at least
+        self._clipped = ClippedGradients(self._network, study.objective, expected) if plan.private else None
 
     def train(self, parameters: Arrays, sampling: Stream, noise: Stream) -> dict[str, np.ndarray]:
         """One round from the global parameters; returns local minus global, name → float32 array."""
@@ -112,9 +114,16 @@ class Trainer:
 
     @torch.no_grad()
     def _scores(self, patients: Patients) -> torch.Tensor:
+        """In the records' order, computed in blocks (client/blocks)."""
         self._network.eval()
-        parts = [self._network(part) for part in patients.features.split(EVALUATION_RECORDS)]
-        return scores(self.study.objective, torch.cat(parts))
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for chosen, rows in layout(patients.lanes, EVALUATION_RECORDS):
+            outputs = self._network(filled(patients.features[chosen], rows, EVALUATION_RECORDS))
+            found.append((chosen, scores(self.study.objective, outputs)[rows]))
+        if not found:
+            return scores(self.study.objective, self._network(patients.features))
+        together = torch.cat([s for _, s in found])
+        return torch.empty_like(together).index_copy_(0, torch.cat([c for c, _ in found]), together)
 
     def _load(self, parameters: Arrays) -> None:
         with torch.no_grad():

@@ -7,6 +7,7 @@ patients.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from client.certify import Issuer
 from client.cohort import Records, cohort_of
-from client.ledger import Committed, Ledger
+from client.ledger import Committed, Head, Ledger
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
 from client.reservation import Reservation
@@ -57,6 +58,7 @@ class Holdings:
         study: digest → the approved study.
         records: study → its records, checked.
         version: changes when the data behind `records` change.
+        split: study → what decides who trains and who tests; it must not change within a session.
         withdrawn: whose consent is withdrawn by now.
     """
 
@@ -66,6 +68,7 @@ class Holdings:
     study: Callable[[str], Study]
     records: Callable[[Study], Records]
     version: Callable[[], object] = lambda: None
+    split: Callable[[Study], str] = lambda study: ""
     withdrawn: Callable[[], Withdrawn] = lambda: NOBODY
 
 
@@ -81,7 +84,7 @@ class _Work:
     study: Study
     plan: StudyPlan
     reservation: Reservation
-    head: str
+    head: Head
     tells_metrics: bool
     resumed: bool
 
@@ -119,12 +122,12 @@ class Vault:
 
     def answer(self, request: bytes) -> bytes:
         """Answer one request; never raises. Takes a multiple of the study's `reply_seconds`."""
-        began = time.monotonic()
-        with self._lock:
+        with self._lock:  # until the answer leaves: who asks meanwhile must not learn when the work ended
+            began = time.monotonic()
             step, reply = self._guarded(request)
-        if step > 0 and self._padded:
-            late = time.monotonic() - began
-            time.sleep(math.ceil(late / step) * step - late)
+            if step > 0 and self._padded:
+                late = time.monotonic() - began
+                time.sleep(math.ceil(late / step) * step - late)
         return reply
 
     def _guarded(self, request: bytes) -> tuple[float, bytes]:
@@ -137,9 +140,9 @@ class Vault:
             self._refuse_rolled_back(job.header)
             policy = self._holdings.policy()
             self._ledger.note(policy)
-            # A clock that is put back revives nothing.
-            self._now = max(self._now, time.time(), self._ledger.account.last_time)
-            approval = policy.approval(job.header.study, self._now)
+            now = time.time()  # a clock that is put back revives nothing
+            self._now = max(self._now, now, self._ledger.account.last_time)
+            approval = policy.approval(job.header.study, now, self._now)
             study = self._holdings.study(job.header.study)
             step = study.privacy.reply_seconds
             return step, self._answer(job, study, policy, approval)
@@ -164,8 +167,10 @@ class Vault:
         if stored is not None:
             return stored
         work = self._reserved(job, study, plan, policy, approval, request)
-        reply, numbers = self._outcome(work)
+        reply, numbers, certificate = self._outcome(work)
         self._ledger.commit(work.reservation, reply, numbers, self._holdings.withdrawn().digest)
+        if certificate is not None:
+            self._issuer.keep(header.session, certificate)
         return reply
 
     def _refuse_rolled_back(self, header: JobHeader) -> None:
@@ -217,6 +222,7 @@ class Vault:
             request=request,
             public_size=self._holdings.public_size,
             plan=plan,
+            split=self._holdings.split(study),
             training=plan.training_event() if plan.private and trains else None,
             evaluation=plan.evaluation_event(header.round) if evaluates and not exact else None,
             statistics=plan.statistics_event() if statistics else None,
@@ -231,17 +237,21 @@ class Vault:
         head = self._ledger.reserve(reservation, approval, policy)
         return _Work(job, study, plan, reservation, head, evaluates, resumed)
 
-    def _outcome(self, work: _Work) -> tuple[bytes, str]:
-        """The reply with the digest of its numbers, or a refusal that came of the work. Either is kept: a
-        second run of a paid round would draw fresh noise, and its outcome would be a second release. What
-        failed before any row was read is given back."""
+    def _outcome(self, work: _Work) -> tuple[bytes, str, str | None]:
+        """The reply, the digest of what it tells, and its certificate; or a refusal that came of the work.
+
+        Either is kept: a second run of a paid round would draw fresh noise, and its outcome would be a
+        second release. A refusal that came of noised numbers tells something of them, and counts as
+        released. What failed before any row was read is given back.
+        """
         self._touched = work.resumed
         try:
             reply = self._work(work)
-            return encode(reply), released(reply.update, reply.metrics)
+            return encode(reply), released(reply.update, reply.metrics), reply.header.certificate
         except Refused as error:
             log.info("refused: %s", error.message)
-            return encode(refusal(self.site, error)), ""
+            answer = encode(refusal(self.site, error))
+            return answer, hashlib.sha256(answer).hexdigest() if self._touched else "", None
         except BaseException:
             self._trainers.clear()  # it may hold gradients of the patients it was at
             if not self._touched:
@@ -272,7 +282,8 @@ class Vault:
                 evaluation=told.evaluation,
                 statistics=told.statistics,
                 exact=told.exact,
-                head=work.head,
+                head=work.head.hash,
+                sequence=work.head.sequence,
                 certificate=self._certificate(work, released(update, metrics)),
             ),
             update,
@@ -314,7 +325,7 @@ class Vault:
         if told.round != work.plan.rounds + 1:
             return None
         before = [c for c in self._ledger.account.answered(told.session) if c.reservation.key != told.key]
-        now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head)
+        now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head.hash)
         ledger = LedgerClaims(sequence=self._ledger.sequence, head=self._ledger.head)
         return self._issuer.issue(work.study, [*before, now], ledger)
 

@@ -68,7 +68,7 @@ class WithdrawnReader:
         now = signature(self._folder.withdrawn_path)
         if self._known is None or self._known[0] != now:
             listed = load_withdrawn(self._folder, self._key)
-            _archive(self._folder, listed)
+            _archive(self._folder, listed, self._key)
             self._known = now, listed
         return self._known[1]
 
@@ -81,7 +81,7 @@ def load_withdrawn(folder: SiteFolder, key: bytes) -> Withdrawn:
     """
     path = folder.withdrawn_path
     if path.exists():
-        return listing(key, _read(path))
+        return listing(key, _read(path, key))
     if any(folder.withdrawn_lists.glob("*.txt")):
         raise SiteError(
             f"{path}: gone, and patients have withdrawn their consent here",
@@ -90,9 +90,14 @@ def load_withdrawn(folder: SiteFolder, key: bytes) -> Withdrawn:
     return listing(key, frozenset())
 
 
-def _read(path: Path) -> frozenset[bytes]:
+def key_line(key: bytes) -> str:
+    return f"# key {hmac.digest(key, b'key of the list', 'sha256').hex()}"
+
+
+def _read(path: Path, key: bytes) -> frozenset[bytes]:
     found = set()
-    for number, line in enumerate(read_bounded(path, SiteError, MAX_LIST_BYTES).splitlines(), start=1):
+    content = read_bounded(path, SiteError, MAX_LIST_BYTES)
+    for number, line in enumerate(content.splitlines(), start=1):
         text = line.strip().decode("ascii", errors="replace")
         if text and not text.startswith("#"):
             if not re.fullmatch("[0-9a-f]{64}", text):
@@ -100,6 +105,11 @@ def _read(path: Path) -> frozenset[bytes]:
                     f"{path}: line {number} is no keyed hash", remedy="add patients by fedward-site withdraw"
                 )
             found.add(bytes.fromhex(text))
+    if found and key_line(key).encode() not in content.splitlines():
+        raise SiteError(
+            f"{path}: made with another secret than keys/split.key, so its patients can't be found",
+            remedy="restore the split key; or move the list away and name them again: fedward-site withdraw",
+        )
     return frozenset(found)
 
 
@@ -111,8 +121,8 @@ def withdraw(folder: SiteFolder, key: bytes, patients: Iterable[str]) -> int:
     """
     before = load_withdrawn(folder, key)
     listed = listing(key, before.patients | {patient_hash(key, p) for p in patients if p.strip()})
-    _write(folder.withdrawn_path, listed)
-    _archive(folder, listed)
+    _write(folder.withdrawn_path, listed, key)
+    _archive(folder, listed, key)
     return len(listed.patients) - len(before.patients)
 
 
@@ -124,20 +134,20 @@ def list_of(folder: SiteFolder, key: bytes, digest: str) -> Withdrawn:
     """
     path = folder.withdrawn_lists / f"{digest}.txt"
     empty = listing(key, frozenset())
-    listed = empty if digest == empty.digest else listing(key, _read(path))
+    listed = empty if digest == empty.digest else listing(key, _read(path, key))
     if listed.digest != digest:
         raise SiteError(f"{path}: not the list that was in force", remedy="restore the file from a copy")
     return listed
 
 
-def _archive(folder: SiteFolder, listed: Withdrawn) -> None:
+def _archive(folder: SiteFolder, listed: Withdrawn, key: bytes) -> None:
     path = folder.withdrawn_lists / f"{listed.digest}.txt"
     if listed.patients and not path.exists():
-        _write(path, listed)
+        _write(path, listed, key)
 
 
-def _write(path: Path, listed: Withdrawn) -> None:
-    content = _HEADING + "".join(f"{each.hex()}\n" for each in sorted(listed.patients))
+def _write(path: Path, listed: Withdrawn, key: bytes) -> None:
+    content = f"{_HEADING}{key_line(key)}\n" + "".join(f"{each.hex()}\n" for each in sorted(listed.patients))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomic(path, content.encode())

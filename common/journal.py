@@ -88,7 +88,7 @@ def chain(content: bytes, path: Path, key: PublicKey | None = None) -> list[Entr
         if not sound:
             raise LedgerError(
                 f"{path}: line {number} is not what was written",
-                remedy="restore the file from a copy whose chain is whole; never edit it",
+                remedy="restore the latest file; an older copy is refused, and never edit it",
             )
         entries.append(entry)
     return entries

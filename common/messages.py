@@ -63,7 +63,7 @@ class ReplyHeader(Strict):
         training, evaluation: what this round cost training and test patients.
         statistics: what it cost all patients.
         exact: the metrics carry no noise, because the site's policy calls the cohort public.
-        head: of the site's ledger, with this round's reservation as its last entry.
+        head, sequence: of the site's ledger, with this round's reservation as its last entry.
         certificate: with the final evaluation: what the site promises for the session (JWS).
     """
 
@@ -78,6 +78,7 @@ class ReplyHeader(Strict):
     statistics: Event | None = None
     exact: bool = False
     head: Digest = NO_HEAD
+    sequence: Annotated[int, Field(ge=0, le=2**53)] = 0
     certificate: Annotated[str, Field(max_length=MAX_CERTIFICATE_CHARACTERS)] | None = None
 
 

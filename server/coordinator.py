@@ -176,7 +176,8 @@ class _Rounds:
                 replies[answer.site] = reply
             answers.append(answer)
         answers.sort(key=lambda a: a.site)
-        self._store.remember({a.site: a.head for a in answers if a.outcome == "reply"})
+        heads = {a.site: (a.sequence, a.head) for a in answers if a.outcome == "reply"}
+        self._store.remember(heads)
         return list(replies.values()), answers
 
     def _read(self, delivery: Delivery, job: Job) -> tuple[Reply | None, SiteAnswer]:
@@ -204,6 +205,7 @@ class _Rounds:
             exact=told.exact,
             released=released(message.update, message.metrics),
             head=told.head,
+            sequence=told.sequence,
         )
 
     def _nodes(self) -> list[int]:

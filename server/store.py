@@ -33,8 +33,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     answers TEXT NOT NULL, finished REAL NOT NULL, PRIMARY KEY (session, round)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS heads (
-    number INTEGER PRIMARY KEY, site TEXT NOT NULL, head TEXT NOT NULL, seen REAL NOT NULL,
-    UNIQUE (site, head)
+    site TEXT PRIMARY KEY, head TEXT NOT NULL, sequence INTEGER NOT NULL
 ) STRICT;
 """
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
@@ -78,7 +77,7 @@ class SiteAnswer:
         training, evaluation, statistics: privacy events as JSON values.
         exact: its metrics carry no noise.
         released: digest of the numbers that came (`common.messages.released`).
-        head: of the site's ledger, as the reply tells it.
+        head, sequence: of the site's ledger, as the reply tells it.
     """
 
     site: str
@@ -91,6 +90,7 @@ class SiteAnswer:
     exact: bool = False
     released: str = ""
     head: str = ""
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -221,18 +221,24 @@ class Store:
         with self._database() as database:
             return int(database.execute(query, (session,)).fetchone()[0])
 
-    def remember(self, heads: Mapping[str, str]) -> None:
-        """Keep the heads of sites' ledgers, over all sessions. One that a stored reply tells again is no
-        later one."""
-        rows = [(site, head, time.time()) for site, head in heads.items()]
+    def remember(self, heads: Mapping[str, tuple[int, str]]) -> None:
+        """Keep the furthest head of each site's ledger, over all sessions.
+
+        Args:
+            heads: site → number and hash of an entry.
+        """
+        rows = [(site, head, sequence) for site, (sequence, head) in heads.items()]
         with self._database() as database:
-            database.executemany("INSERT OR IGNORE INTO heads (site, head, seen) VALUES (?, ?, ?)", rows)
+            database.executemany(
+                "INSERT INTO heads VALUES (?, ?, ?) ON CONFLICT (site) DO UPDATE SET head = excluded.head, "
+                "sequence = excluded.sequence WHERE excluded.sequence >= heads.sequence",
+                rows,
+            )
 
     def heads(self) -> dict[str, str]:
-        """Site → the last head of its ledger that was seen."""
+        """Site → the furthest head of its ledger that was seen."""
         with self._database() as database:
-            rows = database.execute("SELECT site, head, MAX(number) FROM heads GROUP BY site").fetchall()
-        return {site: head for site, head, _ in rows}
+            return dict(database.execute("SELECT site, head FROM heads ORDER BY site").fetchall())
 
     def keep_certificate(self, session: str, site: str, token: str) -> None:
         """Keep what a site certifies of a session; a later one replaces it."""

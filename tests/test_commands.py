@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,25 +17,38 @@ import typer
 from small import allow, make_site, study, toml
 from typer.testing import CliRunner
 
-from client.policy import load_policy
+from client.ledger import read_account
+from client.policy import load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from common.messages import Job, JobHeader, encode
 from common.models import parameter_arrays, study_model
+from common.privacy.plan import plan_study
 
-COMMANDS = {"fedward-site": "client.cli", "fedward-sim": "simulations.cli"}
+COMMANDS = {
+    "fedward-site": "client.cli",
+    "fedward-sim": "simulations.cli",
+    "fedward-server": "server.cli",
+    "fedward-audit": "simulations.audit.cli",
+}
 PROJECT = Path(__file__).resolve().parents[1]
 WANTED = study()
 
 
+def typer_of(name: str) -> typer.Typer:
+    module = importlib.import_module(COMMANDS[name])
+    found = getattr(module, "app", None) or module.main
+    assert isinstance(found, typer.Typer)
+    return found
+
+
 def command(name: str) -> click.Command:
-    return typer.main.get_command(importlib.import_module(COMMANDS[name]).app)
+    return typer.main.get_command(typer_of(name))
 
 
 def run(name: str, *arguments: object, expect: int = 0) -> Any:
     """One command with --json; its one JSON object."""
-    app = importlib.import_module(COMMANDS[name]).app
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    done = CliRunner().invoke(typer_of(name), [*map(str, arguments), "--json"])
     assert done.exit_code == expect, done.output
     told = json.loads(done.stdout)
     if expect:
@@ -46,7 +60,10 @@ def run(name: str, *arguments: object, expect: int = 0) -> Any:
 
 @pytest.fixture
 def site(tmp_path: Path) -> SiteFolder:
-    return make_site(tmp_path / "site")
+    """With a lifetime budget, and no study approved."""
+    folder = make_site(tmp_path / "site")
+    set_policy(folder, {"cohort": {"epsilon": 100.0, "delta": 1e-2}})
+    return folder
 
 
 @pytest.fixture
@@ -77,7 +94,7 @@ def everything(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_json(name: str) -> None:
     for path in everything(name):
-        done = CliRunner().invoke(importlib.import_module(COMMANDS[name]).app, [*path, "--help"])
+        done = CliRunner().invoke(typer_of(name), [*path, "--help"])
         assert done.exit_code == 0, path
         assert "Usage" in done.output
         at = command(name)
@@ -88,7 +105,7 @@ def test_every_command_has_help_and_json(name: str) -> None:
             assert any("--json" in p.opts for p in at.params), path
 
 
-@pytest.mark.parametrize("name", ["fedward-site", "fedward-sim", "fedward-server", "fedward-audit"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_installed_command_starts(name: str) -> None:
     tool = Path(sys.executable).with_name(name)
     if not tool.exists():
@@ -120,8 +137,11 @@ def test_approve_spend_look_revoke(site: SiteFolder, file: Path) -> None:
     assert 1.9 < row["epsilon_reserved"] <= 2.0
     assert row["epsilon_approved"] == 4.0
     run("fedward-site", "revoke", site.root, WANTED.digest[:8])
-    assert load_policy(site).approved == ()
-    assert (site.root / "ledger" / "ledger.jsonl").stat().st_size > 0
+    assert load_policy(site).standing(WANTED.digest) is None
+    (row,) = run("fedward-site", "budget", site.root)["studies"]
+    assert row["revoked"]
+    assert 1.9 < row["epsilon_reserved"] <= 2.0  # what was spent stays spent
+    assert run("fedward-site", "ledger", "verify", site.root)["entries"] >= 3
 
 
 def test_approving_asks_first(site: SiteFolder, file: Path) -> None:
@@ -129,7 +149,8 @@ def test_approving_asks_first(site: SiteFolder, file: Path) -> None:
     app = importlib.import_module("client.cli").app
     done = CliRunner().invoke(app, ["approve", str(site.root), str(file)], input="n\n")
     assert done.exit_code == 6
-    assert not site.policy_path.exists()
+    assert load_policy(site).approved == ()
+    assert not site.approved.exists()
     done = CliRunner().invoke(app, ["approve", str(site.root), str(file)], input="y\n")
     assert done.exit_code == 0
     assert len(load_policy(site).approved) == 1
@@ -158,7 +179,9 @@ def test_revoking_needs_a_digest_that_is_there(site: SiteFolder, file: Path) -> 
     run("fedward-site", "approve", site.root, file, "--yes")
     for digest in ("", WANTED.digest[:5], "0" * 64):
         assert run("fedward-site", "revoke", site.root, digest, expect=6)["error"] == "not-approved"
-    assert len(load_policy(site).approved) == 1
+    assert load_policy(site).standing(WANTED.digest) is not None
+    run("fedward-site", "revoke", site.root, WANTED.digest)
+    assert run("fedward-site", "revoke", site.root, WANTED.digest, expect=6)["error"] == "not-approved"
 
 
 def test_data_that_does_not_fit(site: SiteFolder, file: Path) -> None:
@@ -180,7 +203,9 @@ def test_a_damaged_ledger_is_told(site: SiteFolder, file: Path) -> None:
     run("fedward-site", "approve", site.root, file, "--yes")
     site.ledger_path.parent.mkdir()
     site.ledger_path.write_text("{}\n")
-    assert run("fedward-site", "budget", site.root, expect=7)["error"] == "ledger"
+    for words in (["budget"], ["ledger", "verify"], ["withdrawals"]):
+        assert run("fedward-site", *words, site.root, expect=7)["error"] == "ledger"
+    assert run("fedward-site", "certificate", site.root, "one", expect=7)["error"] == "ledger"
 
 
 # --- a researcher's day
@@ -206,6 +231,46 @@ def test_a_small_simulation(tmp_path: Path, file: Path) -> None:
             content = path.read_bytes()
             assert b"PATIENT-ZEBRA" not in content, path
             assert b"123.4567" not in content, path
+
+
+def test_ten_studies_on_one_cohort_stop_where_its_policy_says(tmp_path: Path) -> None:
+    """Two hospitals, of which one has a tight lifetime budget: it drops out, and the other goes on.
+
+    Without sampling, a round of n steps with noise σ costs n α / (2 σ²) at Rényi order α.
+    """
+    lifetime, delta = 1.1, 1e-2
+    for name in ("north", "south"):
+        make_site(tmp_path / "sites" / name, name)
+    south = SiteFolder(tmp_path / "sites" / "south", tmp_path / "state" / "south")
+    south.state.mkdir(parents=True)
+    limit = set_policy(south, {"cohort": {"epsilon": lifetime, "delta": delta}}).cohort
+    assert limit is not None
+    order = limit.filter().order
+    most = lifetime - math.log1p(-1 / order) + (math.log(delta) + math.log(order)) / (order - 1)
+    spent, took_part = 0.0, []
+    for number in range(10):
+        privacy = {**WANTED.privacy.model_dump(), "epsilon": 0.5 + 0.05 * (number % 3)}
+        wanted = study(name=f"study-{number}", algorithm={"rounds": 1}, privacy=privacy)
+        plan = plan_study(wanted, 50)
+        noises = [[plan.step.noise_multiplier] * 2, [plan.final_histogram.noise_multiplier]]
+        cost = max(sum(order / (2 * s**2) for s in each) for each in noises)
+        fits = spent + cost <= most
+        spent += cost if fits else 0.0
+        path = toml(wanted, tmp_path / f"{number}.json")
+        (one,) = run(
+            "fedward-sim", "run", path, "--sites", tmp_path / "sites", "--out", tmp_path / "runs",
+            "--seed", number, "--state", tmp_path / "state", "--quorum", 1,
+        )["runs"]  # fmt: skip
+        assert one["status"] == "finished"
+        assert [s["site"] for s in one["sites"]] == (["north", "south"] if fits else ["north"])
+        took_part.append(fits)
+    assert 2 <= sum(took_part) < 10
+    assert not took_part[-1]
+    account = read_account(south.ledger_path)
+    assert account.rdp(order) == pytest.approx(spent, rel=1e-6)
+    assert len(account.studies()) == sum(took_part)
+    north = SiteFolder(tmp_path / "sites" / "north", tmp_path / "state" / "north")
+    assert len(read_account(north.ledger_path).studies()) == 10
 
 
 @pytest.mark.parametrize(

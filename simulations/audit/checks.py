@@ -20,7 +20,8 @@ from simulations.audit.second import second_epsilon
 # Both accountants round upwards. Of 600 random settings that fedward calibrated to a target, the second
 # one found none more than 2e-6 above it; at a million steps it may be 2e-4.
 ROUNDING = 2e-4
-TOLERANCE, SLACK = 0.02, 0.01  # of a claimed ε: relative, and upwards in absolute terms
+TOLERANCE = 0.02  # of a claimed ε below the one found
+CAUTION, SLACK = 0.12, 0.01  # above it: an honest site falls back to Rényi's looser bound where δ is tiny
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def epsilon_reasons(claims: Claims, cost: Cost) -> Iterator[Reason]:
         elif claimed is not None and found is not None:
             if claimed < found / (1 + TOLERANCE):
                 yield Reason("epsilon", f"ε {name} understated: {claimed:.4g} claimed, {found:.4g} found")
-            elif claimed > found * (1 + TOLERANCE) + SLACK:
+            elif claimed > found * (1 + CAUTION) + SLACK:
                 yield Reason("epsilon", f"ε {name} overstated: {claimed:.4g} claimed, {found:.4g} found")
 
 

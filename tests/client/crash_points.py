@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client.ledger import check_certificates, check_head, read_account, spending
+from client.ledger import check_certificates, check_head, read_account, read_head, spending
 from client.settings import SiteFolder
 from client.site import open_vault
 from common.journal import read_journal
@@ -149,7 +149,7 @@ def outcome(root: Path, wanted: Study, number: int) -> dict[str, Any]:
 def verified(folder: SiteFolder) -> None:
     """As `fedward-site ledger verify` does."""
     account = read_account(folder.ledger_path, read_public_key(folder.signing_key_path.with_suffix(".pub")))
-    check_head(folder.ledger_path, account)
+    check_head(folder.ledger_path, account, read_head(folder.ledger_path))
     check_certificates(folder.certificates, account)
 
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from opacus.accountants.analysis.rdp import compute_rdp
 from small import allow, grant, make_site, policy_of, reservation, session_plan, study
 
-from client.ledger import Ledger, check_head, read_account
+from client.ledger import Ledger, check_head, read_account, read_head
 from client.policy import approval_of, approve, set_policy
 from client.reservation import STATISTICS, Reservation
 from client.site import open_vault
@@ -418,7 +418,7 @@ def test_threads_spend_no_more_than_one_after_the_other(tmp_path: Path) -> None:
         assert sum(isinstance(decode(next(iter(r))), Reply) for r in told) == 2
     kinds = [(e.kind, e.body.get("session")) for e in read_journal(folder.ledger_path)]
     assert len(set(kinds)) == len([k for k in kinds if k[0] != "policy"]) + 1
-    check_head(folder.ledger_path, account)
+    check_head(folder.ledger_path, account, read_head(folder.ledger_path))
 
 
 def test_threads_share_one_lifetime(tmp_path: Path) -> None:

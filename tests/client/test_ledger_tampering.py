@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small import grant, policy_of, reservation
 
 from client import ledger as module
-from client.ledger import Ledger, check_certificates, check_head, head_path, read_account
+from client.ledger import Ledger, check_certificates, check_head, head_path, read_account, read_head
 from client.reservation import Reservation
 from common import journal
 from common.errors import CertificateError, LedgerError
@@ -189,7 +189,7 @@ def assert_found(root: Path) -> None:
         with pytest.raises(LedgerError):
             opened(root, durable)
     with pytest.raises(LedgerError):
-        check_head(path_of(root), read_account(path_of(root), KEY.public))
+        check_head(path_of(root), read_account(path_of(root), KEY.public), read_head(path_of(root)))
     assert path_of(root).read_bytes() == before  # evidence is left alone
 
 
@@ -198,7 +198,7 @@ def test_the_untouched_ledger_passes(filled: Path, tmp_path: Path) -> None:
     assert len(entries) == ENTRIES
     root = written(filled, tmp_path, chained(entries, KEY))
     assert read_journal(path_of(root), KEY.public) == entries
-    check_head(path_of(root), read_account(path_of(root), KEY.public))
+    check_head(path_of(root), read_account(path_of(root), KEY.public), read_head(path_of(root)))
     opened(root, durable=True).close()
 
 

@@ -17,7 +17,7 @@ from small import job as request_of
 from client import training
 from client import vault as module
 from client.ledger import check_certificates, read_account, spending
-from client.policy import Policy, load_policy, revoke, save_policy
+from client.policy import Policy, approval_of, approve, load_policy, revoke, save_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from client.vault import Vault
@@ -358,10 +358,11 @@ def test_what_failed_after_a_row_was_read_stays_spent(
         patch.setattr(training, "draw_batch", failing_with(SiteError("late")))
         assert refused(vault, job()) == "unavailable"
     assert spent(folder) > 0
-    with monkeypatch.context() as patch:
+    answered(vault, job(number=2))
+    with monkeypatch.context() as patch:  # the cohort is in memory by now
         patch.setattr(training, "draw_batch", failing_with(SiteError("warm")))
-        assert refused(vault, job(number=2)) == "unavailable"
-    assert sorted(vault._ledger.account.reserved) == [("first", 1), ("first", 2)]
+        assert refused(vault, job(number=3)) == "unavailable"
+    assert sorted(vault._ledger.account.reserved) == [("first", 1), ("first", 2), ("first", 3)]
     assert refused(vault, job(session="second")) == "budget-exhausted"
 
 
@@ -725,3 +726,57 @@ def test_the_certificate_says_what_left(vault: Vault, folder: SiteFolder) -> Non
         load_policy(folder).digest,
     )
     assert check_certificates(folder.certificates, read_account(folder.ledger_path)) == 1
+
+
+def test_a_round_that_failed_does_not_run_again_under_another_plan(folder: SiteFolder) -> None:
+    """Its price was that of the plan it was reserved with."""
+    if load_policy(folder).cohort is None:
+        set_policy(folder, {"cohort": {"epsilon": 1000.0, "delta": 1e-2}})
+    capped = approval_of(WANTED, "officer", session_epsilon=0.1)
+    plan = plan_study(WANTED, 50, load_policy(folder).limits(capped))
+    approve(folder, WANTED, capped, plan)
+    data = folder.data_path.read_bytes()
+    folder.data_path.write_bytes(data.replace(b"0.", b"zero", 1))
+    vault = open_vault(folder, durable=False)
+    assert refused(vault, job()) == "unavailable"
+    folder.data_path.write_bytes(data)
+    revoke(folder, WANTED.digest, "officer")
+    allow(folder, WANTED)
+    assert b"planned otherwise" in vault.answer(job())
+    assert spent(folder) == pytest.approx(plan.epsilon)
+    vault.close()
+
+
+def test_who_asks_meanwhile_does_not_learn_when_the_work_ended(
+    folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vault takes the next request only once the padded answer has left."""
+    wanted = study(privacy={**WANTED.privacy.model_dump(), "reply_seconds": 1.0})
+    allow(folder, wanted)
+    vault = open_vault(folder)
+    slept: list[bool] = []
+    monkeypatch.setattr("client.vault.time.sleep", lambda _: slept.append(vault._lock.locked()))
+    answered(vault, job(wanted))
+    assert slept == [True]
+    vault.close()
+
+
+def test_a_split_column_whose_file_changes_ends_the_session(tmp_path: Path) -> None:
+    """Else a patient could train in one round and test in the next, for the price of one of them."""
+    site = make_site(tmp_path / "column")
+    lines = site.data_path.read_text().splitlines()
+    sides = [",part", *(f",{'test' if hash_of(line) else 'train'}" for line in lines[1:])]
+    site.data_path.write_text("\n".join(a + b for a, b in zip(lines, sides, strict=True)) + "\n")
+    wanted = study(data={"split": {"by": "column", "column": "part"}})
+    allow(site, wanted)
+    vault = open_vault(site, durable=False)
+    answered(vault, job(wanted))
+    text = site.data_path.read_text()
+    site.data_path.write_text(text.replace(",train", ",x").replace(",test", ",train").replace(",x", ",test"))
+    assert b"planned otherwise" in vault.answer(job(wanted, 2))
+    vault.close()
+
+
+def hash_of(line: str) -> bool:
+    """Whether a record's patient tests, by its name."""
+    return sum(line.split(",")[0].encode()) % 3 == 0

@@ -21,10 +21,11 @@ from client.ledger import read_account
 from client.participation import Participation, participations
 from client.policy import approval_of, approve, revoke, set_policy
 from client.settings import SiteFolder
-from client.site import open_vault, read_split_key
+from client.site import make_site_keys, open_vault, read_split_key
 from client.vault import Vault
 from client.withdrawal import (
     WithdrawnReader,
+    key_line,
     list_of,
     listing,
     load_withdrawn,
@@ -150,7 +151,7 @@ def test_a_bad_list_refuses_and_quotes_nothing(
     for number in (0, 1, 4):
         assert refused(vault, job(SURVEY, number)).code == "unavailable"
     assert read_account(folder.ledger_path).reserved == {}
-    with pytest.raises(SiteError, match="line 3") as error:
+    with pytest.raises(SiteError, match="line 4") as error:
         load_withdrawn(folder, key)
     assert text.strip() not in error.value.message
     assert "PATIENT-ZEBRA" not in caplog.text
@@ -199,13 +200,13 @@ def test_every_list_that_was_in_force_is_kept(folder: SiteFolder, key: bytes) ->
     hashes = [patient_hash(key, n).hex() for n in NAMES[:3]]
     digests = [reader().digest]
     for lines in (hashes[:1], hashes, hashes[1:]):
-        folder.withdrawn_path.write_text("# by hand\n\n" + "\n".join(lines) + "\n")
+        folder.withdrawn_path.write_text("\n".join(["# by hand", "", key_line(key), *lines, ""]))
         digests.append(reader().digest)
     assert len(set(digests)) == 4
     found = [list_of(folder, key, d).patients for d in digests]
     assert [len(f) for f in found] == [0, 1, 3, 2]
     path = folder.withdrawn_lists / f"{digests[1]}.txt"
-    path.write_text(hashes[2] + "\n")
+    path.write_text(f"{key_line(key)}\n{hashes[2]}\n")
     with pytest.raises(SiteError, match="not the list that was in force"):
         list_of(folder, key, digests[1])
     path.unlink()
@@ -509,3 +510,22 @@ def test_the_cohort_is_split_as_the_report_says(folder: SiteFolder, key: bytes) 
     write_rows(folder.root, COUNT, seed=9)  # another export of the same patients
     again = load_cohort(folder, WANTED, key)
     assert again.train.hashes == cohort.train.hashes
+
+
+def test_another_split_key_does_not_bring_withdrawn_patients_back(
+    folder: SiteFolder, vault: Vault, key: bytes
+) -> None:
+    """Its hashes match nobody, so the list would be honoured for nobody."""
+    withdraw(folder, key, NAMES[:2])
+    vault.close()
+    folder.split_key_path.unlink()
+    with pytest.raises(SiteError, match="no such file") as missing:
+        open_vault(folder, durable=False)
+    assert "forgets who withdrew" in missing.value.remedy
+    make_site_keys(folder)
+    with pytest.raises(SiteError, match="another secret"):
+        load_withdrawn(folder, read_split_key(folder))
+    again = open_vault(folder, durable=False)
+    allow(folder, SURVEY)
+    assert refused(again, job(SURVEY, 1)).code == "unavailable"
+    again.close()

@@ -241,6 +241,7 @@ def test_a_hospital_that_was_put_back_is_refused_until_it_is_whole_again(
     site.ledger_path.write_bytes(b"".join(lines[:2]))
     shutil.rmtree(site.replies)
     (ledger / "head").unlink()
+    certificates = site.certificates.rename(site.certificates.with_name("kept-certificates"))
     consortium.start_vault(name)
     options = ("--quorum", "2")
     status, told = command("fedward-server", "run", consortium.coordinator.root, path, *options)
@@ -250,6 +251,8 @@ def test_a_hospital_that_was_put_back_is_refused_until_it_is_whole_again(
     consortium.stop_vault(name)
     shutil.rmtree(ledger)
     kept.rename(ledger)
+    shutil.rmtree(site.certificates, ignore_errors=True)
+    certificates.rename(site.certificates)
     consortium.start_vault(name)
     status, told = command("fedward-server", "run", consortium.coordinator.root, path, *options)
     assert status == 0, told

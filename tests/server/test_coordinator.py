@@ -110,6 +110,7 @@ class Site:
             "evaluation": COST if evaluates else None,
             "statistics": SURVEY if number == 0 else None,
             "head": self.heads[-1],
+            "sequence": len(self.heads) - 1,
             "certificate": f"certificate-of-{self.name}" if final else None,
         }  # fmt: skip
         given = {"update": update if trains else {}, "metrics": metrics}
@@ -462,7 +463,7 @@ def test_a_stored_reply_does_not_put_the_memory_back(tmp_path: Path) -> None:
         def exchange(self, requests: Mapping[int, bytes], deadline: float) -> Iterable[Delivery]:
             if self.exchanges == 2:  # before the second attempt
                 sites[0].heads.append("e" * 64)
-                store.remember({"ash": "e" * 64})
+                store.remember({"ash": (len(sites[0].heads) - 1, "e" * 64)})
             return super().exchange(requests, deadline)
 
     run_session(store, "one", Busy(sites), initial)
