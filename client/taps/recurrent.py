@@ -1,0 +1,305 @@
+"""torch's LSTM, GRU and RNN, with back-propagation through time by hand.
+
+It leaves the gradients of all gates at all times, [records, time, gates]; the weights' gradients per patient
+are products of these with the inputs and the states: a time step is a row (`parts.Rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from client.taps.layers import Forward, Slots, present
+from client.taps.parts import Rows, Slot
+from client.taps.tape import Tape
+from common.errors import StudyError
+
+Tensor = torch.Tensor
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""Takes x, the states before each step, and the gradients of what x and these states were turned into; all
+[records, time, …]."""
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""For x [gates, inputs], for the state [gates, hidden], and the biases [gates]."""
+
+
+def _through_time(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b of x [time, records, inputs]."""
+    return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+
+
+def _states(x: Tensor, first: Tensor) -> Tensor:
+    """Room for the states before, between and after all steps; the first is filled in."""
+    states = x.new_empty(len(x) + 1, *first.shape)
+    states[0] = first
+    return states
+
+
+class _LSTM(torch.autograd.Function):
+    """One direction of one layer (Hochreiter & Schmidhuber 1997); gates as o, i, f, g inside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, x: Tensor, h: Tensor, c: Tensor, weights: Weights, keep: Keep
+    ) -> tuple[Tensor, Tensor]:
+        hidden = h.shape[1]
+        ours, theirs, bias_x, bias_h = (_rolled(w, hidden) for w in weights)
+        gates = _through_time(x, ours, bias_x + bias_h)  # before what the states add, then the gates
+        hs, cs, tanh_c = _states(x, h), _states(x, c), x.new_empty(len(x), *h.shape)
+        turn = theirs.t()
+        steps = zip(
+            hs[:-1].unbind(),
+            hs[1:].unbind(),
+            cs[:-1].unbind(),
+            cs[1:].unbind(),
+            gates.unbind(),
+            gates[..., : 3 * hidden].unbind(),
+            tanh_c.unbind(),
+            *(part.unbind() for part in gates.split(hidden, dim=2)),
+            strict=True,
+        )
+        for before, after, c_before, c_after, gate, sigmoids, t, o, i, f, g in steps:
+            gate.addmm_(before, turn)
+            sigmoids.sigmoid_()
+            g.tanh_()
+            torch.mul(f, c_before, out=c_after)
+            c_after.addcmul_(i, g)
+            torch.tanh(c_after, out=t)
+            torch.mul(o, t, out=after)
+        ctx.save_for_backward(x, hs, cs, gates, tanh_c, ours, theirs)
+        ctx.keep = keep
+        return hs[1:], cs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, hs, cs, gates, tanh_c, ours, theirs = ctx.saved_tensors
+        dhs, dc = gradients[0].clone(memory_format=torch.contiguous_format), gradients[1].clone()
+        time, records, hidden = tanh_c.shape
+        o, i, f, g = gates.split(hidden, dim=2)
+        # What each gate's gradient is of dh (for o) or dc (for i, f, g), at all times at once
+        slopes = torch.empty_like(gates).unflatten(2, (4, hidden))
+        torch.mul(o, tanh_c, out=slopes[:, :, 0]).addcmul_(slopes[:, :, 0], o, value=-1)
+        torch.mul(i, g, out=slopes[:, :, 1]).addcmul_(slopes[:, :, 1], i, value=-1)
+        torch.mul(cs[:-1], f, out=slopes[:, :, 2]).addcmul_(slopes[:, :, 2], f, value=-1)
+        torch.mul(i, g, out=slopes[:, :, 3])
+        torch.addcmul(i, slopes[:, :, 3], g, value=-1, out=slopes[:, :, 3])
+        carried = torch.mul(tanh_c, tanh_c).mul_(o).neg_().add_(o)  # o (1 - tanh²)
+        d = torch.empty_like(slopes)
+        flat = d.flatten(2)
+        steps = zip(
+            dhs.unbind(),
+            carried.unbind(),
+            slopes[:, :, 0].unbind(),
+            slopes[:, :, 1:].unbind(),
+            d[:, :, 0].unbind(),
+            d[:, :, 1:].unbind(),
+            f.unbind(),
+            flat.unbind(),
+            strict=True,
+        )
+        last: Tensor | None = None
+        for dh, carried_t, slope_o, slope_c, d_o, d_c, f_t, d_t in reversed(list(steps)):
+            if last is not None:
+                dh.addmm_(last, theirs)
+            dc.addcmul_(dh, carried_t)
+            torch.mul(dh, slope_o, out=d_o)
+            torch.mul(slope_c, dc[:, None], out=d_c)
+            dc.mul_(f_t)
+            last = d_t
+        result = x.new_empty(records, time, 4 * hidden)
+        result[..., : 3 * hidden] = flat[..., hidden:].transpose(0, 1)
+        result[..., 3 * hidden :] = flat[..., :hidden].transpose(0, 1)
+        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, result)
+        dx = flat @ ours if ctx.needs_input_grad[1] else None
+        first = flat[0] @ theirs if ctx.needs_input_grad[2] else None
+        return None, dx, first, dc, None, None
+
+
+def _rolled(weight: Tensor, hidden: int) -> Tensor:
+    """torch's gates i, f, g, o as o, i, f, g: three sigmoids side by side, and the three that meet dc."""
+    return torch.cat((weight[3 * hidden :], weight[: 3 * hidden]))
+
+
+class _GRU(torch.autograd.Function):
+    """One direction of one layer (Cho et al. 2014, as cuDNN has it); gates r, z, n."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, x: Tensor, h: Tensor, weights: Weights, keep: Keep
+    ) -> tuple[Tensor]:
+        hidden = h.shape[1]
+        ours, theirs, bias_x, bias_h = weights
+        drive, hs, turn = _through_time(x, ours, bias_x), _states(x, h), theirs.t()
+        state = torch.empty_like(drive)  # what the states are turned into
+        rz, n = x.new_empty(*drive.shape[:2], 2 * hidden), x.new_empty(len(x), *h.shape)
+        steps = zip(
+            drive[..., : 2 * hidden].unbind(),
+            drive[..., 2 * hidden :].unbind(),
+            hs[:-1].unbind(),
+            hs[1:].unbind(),
+            state.unbind(),
+            state[..., : 2 * hidden].unbind(),
+            state[..., 2 * hidden :].unbind(),
+            rz.unbind(),
+            rz[..., :hidden].unbind(),
+            rz[..., hidden:].unbind(),
+            n.unbind(),
+            strict=True,
+        )
+        for drive_rz, drive_n, before, after, turned, turned_rz, turned_n, rz_t, r, z, n_t in steps:
+            torch.addmm(bias_h, before, turn, out=turned)
+            torch.add(drive_rz, turned_rz, out=rz_t)
+            rz_t.sigmoid_()
+            torch.addcmul(drive_n, r, turned_n, out=n_t)
+            n_t.tanh_()
+            torch.lerp(n_t, before, z, out=after)
+        ctx.save_for_backward(x, hs, state, rz, n, ours, theirs)
+        ctx.keep = keep
+        return (hs[1:],)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, hs, state, rz, n, ours, theirs = ctx.saved_tensors
+        dhs = gradients[0].clone(memory_format=torch.contiguous_format)
+        time, records, hidden = n.shape
+        r, z = rz.split(hidden, dim=2)
+        # What the gradients are of dh, at all times at once: turned r, z, n, and n's own
+        slopes = x.new_empty(time, records, 3, hidden)
+        own = torch.mul(n, n).neg_().add_(1.0)
+        own.addcmul_(own, z, value=-1)  # (1 - z)(1 - n²)
+        torch.mul(own, r, out=slopes[:, :, 2])
+        torch.mul(slopes[:, :, 2], state[..., 2 * hidden :], out=slopes[:, :, 0])
+        slopes[:, :, 0].addcmul_(slopes[:, :, 0], r, value=-1)
+        torch.sub(hs[:-1], n, out=slopes[:, :, 1]).mul_(z)
+        slopes[:, :, 1].addcmul_(slopes[:, :, 1], z, value=-1)
+        d = torch.empty_like(slopes)
+        flat = d.flatten(2)
+        steps = zip(slopes.unbind(), z.unbind(), d.unbind(), flat.unbind(), dhs.unbind(), strict=True)
+        rest: tuple[Tensor, Tensor, Tensor] | None = None
+        for slope, z_t, d_t, flat_t, dh in reversed(list(steps)):
+            if rest is not None:
+                dh.addcmul_(rest[0], rest[1]).addmm_(rest[2], theirs)
+            torch.mul(slope, dh[:, None], out=d_t)
+            rest = dh, z_t, flat_t
+        states = flat.transpose(0, 1).contiguous()
+        result = states.clone()
+        torch.mul(own, dhs, out=own)
+        result[..., 2 * hidden :] = own.transpose(0, 1)
+        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, states)
+        dx = (result @ ours).transpose(0, 1) if ctx.needs_input_grad[1] else None
+        first = torch.addmm(dhs[0] * z[0], flat[0], theirs) if ctx.needs_input_grad[2] else None
+        return None, dx, first, None, None
+
+
+class _RNN(torch.autograd.Function):
+    """One direction of one layer (Elman 1990); tanh or rectified."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, x: Tensor, h: Tensor, weights: Weights, keep: Keep, tanh: bool
+    ) -> tuple[Tensor]:
+        ours, theirs, bias_x, bias_h = weights
+        drive, hs, turn = _through_time(x, ours, bias_x + bias_h), _states(x, h), theirs.t()
+        for drive_t, before, after in zip(drive.unbind(), hs[:-1].unbind(), hs[1:].unbind(), strict=True):
+            torch.addmm(drive_t, before, turn, out=after)
+            after.tanh_() if tanh else after.relu_()
+        ctx.save_for_backward(x, hs, ours, theirs)
+        ctx.keep, ctx.tanh = keep, tanh
+        return (hs[1:],)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, hs, ours, theirs = ctx.saved_tensors
+        dhs, after = gradients[0].clone(memory_format=torch.contiguous_format), hs[1:]
+        slopes = after.square().neg_().add_(1.0) if ctx.tanh else (after > 0).to(after.dtype)
+        d = torch.empty_like(slopes)
+        last: Tensor | None = None
+        for dh, slope, d_t in reversed(list(zip(dhs.unbind(), slopes.unbind(), d.unbind(), strict=True))):
+            if last is not None:
+                dh.addmm_(last, theirs)
+            torch.mul(dh, slope, out=d_t)
+            last = d_t
+        result = d.transpose(0, 1).contiguous()
+        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, result)
+        dx = d @ ours if ctx.needs_input_grad[1] else None
+        first = d[0] @ theirs if ctx.needs_input_grad[2] else None
+        return None, dx, first, None, None, None
+
+
+def recurrent(name: str, layer: nn.RNNBase, slots: Slots, tape: Tape) -> Forward:
+    """The same as `layer`'s own forward function, without packed sequences."""
+    lstm = isinstance(layer, nn.LSTM)
+    directions = 2 if layer.bidirectional else 1
+
+    def parameters(level: int, direction: int) -> list[nn.Parameter | None]:
+        ending = f"_l{level}" + ("_reverse" if direction else "")
+        return [
+            getattr(layer, f"{kind}{ending}", None)
+            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+
+    own = [
+        parameters(level, direction) for level in range(layer.num_layers) for direction in range(directions)
+    ]
+    places = [[slots(p) for p in each] for each in own]
+
+    def run(index: int, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Outputs [time, records, hidden] and the last cell state of x [time, records, inputs]."""
+        matrices = [p.detach() for p in own[index][:2] if p is not None]
+        nothing = h.new_zeros(len(matrices[0]))
+        biases = [nothing if p is None else p.detach() for p in own[index][2:]]
+        weights = (matrices[0], matrices[1], biases[0], biases[1])
+        keep = _keep(tape, places[index])
+        if c is not None:
+            hs, last = _LSTM.apply(tape.anchor, x, h, c, weights, keep)
+            return hs, last
+        if isinstance(layer, nn.GRU):
+            return _GRU.apply(tape.anchor, x, h, weights, keep)[0], None
+        return _RNN.apply(tape.anchor, x, h, weights, keep, layer.nonlinearity == "tanh")[0], None
+
+    def forward(input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            raise StudyError(
+                f"layer {name}: it takes packed or single sequences",
+                remedy="give it the batch as one tensor of three dimensions",
+            )
+        x = input.transpose(0, 1) if layer.batch_first else input
+        if torch.is_grad_enabled():
+            tape.check(name, x.transpose(0, 1))
+        start = x.new_zeros(len(own), x.shape[1], layer.hidden_size)
+        h, c = (hx if lstm else (hx, None)) if hx is not None else (start, start if lstm else None)
+        ends_h, ends_c = [], []
+        for level in range(layer.num_layers):
+            outputs = []
+            for direction in range(directions):
+                index = level * directions + direction
+                found, end = run(
+                    index, x.flip(0) if direction else x, h[index], None if c is None else c[index]
+                )
+                ends_h.append(found[-1])
+                if end is not None:
+                    ends_c.append(end)
+                outputs.append(found.flip(0) if direction else found)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
+            if layer.dropout and level + 1 < layer.num_layers:
+                x = functional.dropout(x, layer.dropout, layer.training)
+        ends: Any = torch.stack(ends_h)
+        if lstm:
+            ends = ends, torch.stack(ends_c)
+        return (x.transpose(0, 1) if layer.batch_first else x), ends
+
+    return forward
+
+
+def _keep(tape: Tape, places: list[Slot | None]) -> Keep:
+    def keep(x: Tensor, states: Tensor, of_x: Tensor, of_states: Tensor) -> None:
+        weight, state_weight, bias, state_bias = places
+        if weight is not None or bias is not None:
+            tape.parts.append(Rows(weight, present(bias), x, of_x))
+        if state_weight is not None or state_bias is not None:
+            tape.parts.append(Rows(state_weight, present(state_bias), states, of_states))
+
+    return keep
