@@ -149,7 +149,7 @@ class Label(Strict):
         if bool(self.classes) == (self.range is not None) or (self.range is None) != (self.unit is None):
             raise ValueError(f"label {self.column}: give `classes`, or `range` and `unit` of a number")
         if len(self.classes) == 1:
-            raise ValueError(f"label {self.column}: classes must be two at least, got one")
+            raise ValueError(f"label {self.column}: classes: one class only; there must be two at least")
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError(f"label {self.column}: range must rise, got {list(self.range)}")
         return self

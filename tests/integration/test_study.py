@@ -258,3 +258,30 @@ def test_a_hospital_that_was_put_back_is_refused_until_it_is_whole_again(
     assert status == 0, told
     answers = sessions.store_of(consortium.coordinator).rounds(str(told["session"]))[0].answers
     assert name in {a.site for a in answers if a.outcome == "reply"}
+
+
+def test_a_deployed_cohort_is_described_before_anything_is_trained(
+    consortium: Cluster, study: Path, tmp_path: Path
+) -> None:
+    """Noised statistics of all hospitals together, charged; one of them has no budget left for it."""
+    value = small_study(study, 100).model_dump(mode="json")
+    value["statistics"] = {"epsilon": 3.0, "delta": 1e-4, "bins": 10}
+    wanted = Study.model_validate(value)
+    path = tmp_path / "described.json"
+    path.write_bytes(wanted.canonical)
+    for site in consortium.sites.values():
+        size = site.file.site.public_size
+        approve(site, wanted, approval_of(wanted, "officer", descriptions=1), plan_study(wanted, size))
+    tight, *others = consortium.names
+    root = consortium.coordinator.root
+    status, told = command("fedward-server", "describe", root, path, "--quorum", "2")
+    assert status == 0, told
+    assert tight not in told["sites"]  # type: ignore[operator]
+    assert set(told["sites"]) <= set(others)  # type: ignore[call-overload]
+    assert any("budget-exhausted" in reason for reason in told["refused"])  # type: ignore[union-attr]
+    ages = next(c for c in told["columns"] if c["name"] == "age")  # type: ignore[union-attr]
+    assert 40 < ages["mean"]["value"] < 70
+    for name in told["sites"]:  # type: ignore[union-attr]
+        assert spending(consortium.sites[name].ledger_path)[wanted.digest].epsilon == pytest.approx(
+            3.0, abs=0.01
+        )
