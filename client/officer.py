@@ -113,7 +113,7 @@ def approve(
     json: JsonOption = False,
 ) -> None:
     """Show what a study will learn, spend and leave, ask, and allow it."""
-    from client.policy import approval_of, load_policy
+    from client.policy import approval_of, load_policy, require_lifetime
     from client.policy import approve as write_approval
     from client.settings import SiteFolder
     from common.privacy.plan import plan_study
@@ -122,6 +122,7 @@ def approve(
     with speaking(json) as speaker:
         site, wanted = SiteFolder(folder), load_study(study)
         found = load_policy(site)
+        require_lifetime(site, found, wanted)
         approval = approval_of(
             wanted,
             by,
@@ -158,6 +159,7 @@ def _explain(speaker: Speaker, site: SiteFolder, study: Study, policy: Policy, l
     from client.reservation import rounds_rdp
     from common.explain import explain, explain_cost
     from common.models import parameter_count
+    from common.privacy.filter import rdp
     from common.privacy.plan import plan_study
 
     size = site.file.site.public_size
@@ -172,6 +174,9 @@ def _explain(speaker: Speaker, site: SiteFolder, study: Study, policy: Policy, l
         before = read_account(site.ledger_path).rdp(budget.order)
         plan = plan_study(study, size, limits)
         session = rounds_rdp(plan, budget.order) if plan.private else 0.0
+        statistics = plan.statistics_event()
+        if statistics is not None and study.data.scaling == "moments":
+            session += rdp(statistics, budget.order)
         speaker.say(
             f"Lifetime budget of a patient, ε = {budget.epsilon:g} at δ = {budget.delta:g}: "
             f"{before / budget.capacity:.1%} is reserved; one session takes {session / budget.capacity:.1%}."

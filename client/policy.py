@@ -276,11 +276,7 @@ def approve(folder: SiteFolder, study: Study, approval: Approval, plan: StudyPla
         Refused: if the policy forbids it, or it runs without privacy and the cohort isn't public.
     """
     policy = load_policy(folder)
-    if study.private and policy.cohort is None:
-        raise SiteError(
-            f"{folder.policy_path}: no lifetime budget of the cohort",
-            remedy="set it first: fedward-site policy FOLDER --epsilon 8 --delta 1e-4",
-        )
+    require_lifetime(folder, policy, study)
     if policy.standing(study.digest) is not None:
         raise SiteError(
             f"{folder.policy_path}: study {study.digest[:12]} is approved already",
@@ -296,6 +292,17 @@ def approve(folder: SiteFolder, study: Study, approval: Approval, plan: StudyPla
         raise SiteError(f"{folder.approved}: {error.strerror}", remedy="check its permissions") from None
     save_policy(folder, policy.model_copy(update={"approved": (*policy.approved, approval)}))
     return approval
+
+
+def require_lifetime(folder: SiteFolder, policy: Policy, study: Study) -> None:
+    """Raises:
+    SiteError: if a study with privacy finds no lifetime budget to be charged to.
+    """
+    if study.private and policy.cohort is None:
+        raise SiteError(
+            f"{folder.policy_path}: no lifetime budget of the cohort",
+            remedy="set it first: fedward-site policy FOLDER --epsilon 8 --delta 1e-4",
+        )
 
 
 def approval_of(
