@@ -81,6 +81,7 @@ def _deployed(work: Path, sites: int, study: bytes, rounds: int) -> Timing:
 def _join(stack: ExitStack, work: Path, folder: CoordinatorFolder, site: Path) -> None:
     entrance = ("--address", f"127.0.0.1:{folder.file.port}", "--certificate", str(folder.authority))
     _command("fedward-site", "join", str(site), *entrance, "--json")
+    _command("fedward-site", "policy", str(site), "--epsilon", "100", "--delta", "1e-2", "--json")
     _command("fedward-site", "approve", str(site), str(work / "study.json"), "--yes", "--json")
     stack.enter_context(_running(site, "fedward-site", "serve", str(site)))
     _wait((site / "run" / "vault.sock").exists, f"the vault of {site.name}")

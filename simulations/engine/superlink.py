@@ -30,6 +30,7 @@ _START_SECONDS = 90.0
 _COMMAND_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+_CALM_LOOKS = 5  # in a row
 _SHOWN_CHARACTERS = 1500
 
 
@@ -194,14 +195,23 @@ def _write_app(app: Path, run_config: Mapping[str, bool | str]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], owner: str) -> None:
-    """End SuperLink and all that it has started, Ray's daemons too: politely, then by force."""
-    for number in (SIGTERM, SIGKILL):
-        for pid in _owned(process, owner):
+    """End SuperLink and all that it has started, Ray's daemons too: politely, then by force.
+
+    A process that is just being started shows no environment yet, and Ray starts some while others end:
+    so nobody may be seen for a while before this is over.
+    """
+    asked: set[int] = set()
+    calm = 0
+    began = time.monotonic()
+    while calm < _CALM_LOOKS and time.monotonic() < began + 2 * _STOP_SECONDS:
+        left = _owned(process, owner)
+        calm = 0 if left else calm + 1
+        late = time.monotonic() > began + _STOP_SECONDS
+        for pid in left if late else set(left) - asked:
             with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while _owned(process, owner) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+                os.kill(pid, SIGKILL if late else SIGTERM)
+        asked.update(left)
+        time.sleep(_POLL_SECONDS)
     process.wait(timeout=_STOP_SECONDS)
 
 
