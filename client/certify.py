@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.ledger import Committed
+from client.account import Committed
 from client.reservation import STATISTICS
 from common.errors import SiteError
 from common.files import write_atomic

@@ -155,7 +155,7 @@ def _moment(day: str | None, option: str, at: time) -> datetime | None:
 
 
 def _explain(speaker: Speaker, site: SiteFolder, study: Study, policy: Policy, limits: Any) -> None:
-    from client.ledger import read_account
+    from client.account import read_account
     from client.reservation import rounds_rdp
     from common.explain import explain, explain_cost
     from common.models import parameter_count
@@ -272,7 +272,7 @@ def withdrawals(
 
 def budget(folder: Folder, json: JsonOption = False) -> None:
     """What the cohort and each approved study may spend, and have spent. The vault may be running."""
-    from client.ledger import read_account
+    from client.account import read_account
     from client.policy import load_policy
     from client.settings import SiteFolder
 
@@ -317,7 +317,8 @@ def budget(folder: Folder, json: JsonOption = False) -> None:
 @ledger.command()
 def verify(folder: Folder, json: JsonOption = False) -> None:
     """Check every entry's place and signature, and that no end was cut off. Exits with 7 if one is wrong."""
-    from client.ledger import Account, certified_heads, check_certificates, check_head, read_head
+    from client.account import Account
+    from client.ledger import certified_heads, check_certificates, check_head, read_head
     from client.settings import SiteFolder
     from common.journal import read_journal
     from common.keys import read_public_key
@@ -350,8 +351,8 @@ def certificate(
     json: JsonOption = False,
 ) -> None:
     """Sign what has left in a session, finished or not, for whoever wants to recompute its cost."""
+    from client.account import read_account
     from client.certify import Issuer
-    from client.ledger import read_account
     from client.policy import approved_study
     from client.settings import SiteFolder
     from common.files import write_atomic

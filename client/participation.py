@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from client.ledger import Committed, read_account
+from client.account import Committed, read_account
 from client.policy import approved_study
 from client.settings import SiteFolder
 from client.withdrawal import list_of

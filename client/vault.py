@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from client.account import Committed, Head
 from client.certify import Issuer
 from client.cohort import Records, cohort_of
-from client.ledger import Committed, Head, Ledger
+from client.ledger import Ledger
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
 from client.reservation import Reservation
@@ -284,7 +285,7 @@ class Vault:
                 exact=told.exact,
                 head=work.head.hash,
                 sequence=work.head.sequence,
-                certificate=self._certificate(work, released(update, metrics)),
+                certificate=self._certificate(work, update, metrics),
             ),
             update,
             metrics,
@@ -319,12 +320,13 @@ class Vault:
             )
         return noised
 
-    def _certificate(self, work: _Work, numbers: str) -> str | None:
+    def _certificate(self, work: _Work, update: Arrays, metrics: Arrays) -> str | None:
         """With the session's end: what left in it, this reply included."""
         told = work.reservation
         if told.round != work.plan.rounds + 1:
             return None
         before = [c for c in self._ledger.account.answered(told.session) if c.reservation.key != told.key]
+        numbers = released(update, metrics)
         now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head.hash)
         ledger = LedgerClaims(sequence=self._ledger.sequence, head=self._ledger.head)
         return self._issuer.issue(work.study, [*before, now], ledger)

@@ -17,7 +17,7 @@ import typer
 from small import allow, make_site, study, toml
 from typer.testing import CliRunner
 
-from client.ledger import read_account
+from client.account import read_account
 from client.policy import load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault

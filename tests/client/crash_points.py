@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client.ledger import check_certificates, check_head, read_account, read_head, spending
+from client.account import read_account, spending
+from client.ledger import check_certificates, check_head, read_head
 from client.settings import SiteFolder
 from client.site import open_vault
 from common.journal import read_journal

@@ -13,16 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from small import grant, policy_of, reservation, session_plan
 
 from client import ledger as module
-from client.ledger import (
-    KEPT_REPLIES,
-    Ledger,
-    Spending,
-    check_head,
-    head_path,
-    read_account,
-    read_head,
-    spending,
-)
+from client.account import Spending, read_account, spending
+from client.ledger import KEPT_REPLIES, Ledger, check_head, head_path, read_head
 from client.policy import Policy
 from client.reservation import Reservation
 from common import journal

@@ -21,7 +21,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from opacus.accountants.analysis.rdp import compute_rdp
 from small import allow, grant, make_site, policy_of, reservation, session_plan, study
 
-from client.ledger import Ledger, check_head, read_account, read_head
+from client.account import read_account
+from client.ledger import Ledger, check_head, read_head
 from client.policy import approval_of, approve, set_policy
 from client.reservation import STATISTICS, Reservation
 from client.site import open_vault

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from small import grant, policy_of, reservation
 
 from client import ledger as module
-from client.ledger import Ledger, check_certificates, check_head, head_path, read_account, read_head
+from client.account import read_account
+from client.ledger import Ledger, check_certificates, check_head, head_path, read_head
 from client.reservation import Reservation
 from common import journal
 from common.errors import CertificateError, LedgerError

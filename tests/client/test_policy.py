@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import allow, answered, epsilon_of_gaussians, grant, job, make_site, policy_of, refused, study
 
-from client.ledger import read_account, spending
+from client.account import read_account, spending
 from client.policy import (
     EVERY_RELEASE,
     Approval,

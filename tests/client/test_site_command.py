@@ -16,8 +16,8 @@ from malformed import CASES, SECRETS, Case, fingerprint, write_sound
 from small import allow, answered, job, make_site, refused, study, toml
 from typer.testing import CliRunner
 
+from client.account import read_account
 from client.cli import app
-from client.ledger import read_account
 from client.policy import load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault, read_split_key

@@ -16,7 +16,8 @@ from small import job as request_of
 
 from client import training
 from client import vault as module
-from client.ledger import check_certificates, read_account, spending
+from client.account import read_account, spending
+from client.ledger import check_certificates
 from client.policy import Policy, approval_of, approve, load_policy, revoke, save_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault

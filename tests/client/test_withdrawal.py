@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from small import WIDTH, allow, answered, epsilon_of_gaussians, job, make_site, refused, study, write_rows
 
 from client import training
+from client.account import read_account
 from client.cohort import Patients, load_cohort, load_records
 from client.dpsgd import Batch, draw_batch
-from client.ledger import read_account
 from client.participation import Participation, participations
 from client.policy import approval_of, approve, revoke, set_policy
 from client.settings import SiteFolder

@@ -17,7 +17,7 @@ import pytest
 from cluster import START_SECONDS, Cluster, pids, vault_process
 from opacus.accountants.analysis.rdp import compute_rdp
 
-from client.ledger import read_account, spending
+from client.account import read_account, spending
 from client.policy import approval_of, approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys

@@ -11,7 +11,7 @@ import small
 from dp_accounting import GaussianDpEvent, NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
-from client.ledger import read_account
+from client.account import read_account
 from client.policy import load_policy, set_policy
 from client.settings import SiteFolder
 from common.messages import STATISTICS_ROUND
