@@ -16,12 +16,13 @@ import tomli_w
 from pydantic import AwareDatetime, Field
 
 from client.settings import SiteFolder
+from common.dictionary import Positive
 from common.errors import NotApproved, PolicyForbids, Refused, SiteError
 from common.files import Strict, canonical_json, load_config, read_bounded, validated, write_atomic
 from common.messages import Digest
 from common.privacy.filter import PrivacyFilter, privacy_filter
 from common.privacy.plan import Limits, StudyPlan
-from common.study import Positive, Study, parse_study
+from common.study import Study, parse_study
 
 Release = Literal["training", "evaluation", "statistics"]
 EVERY_RELEASE: tuple[Release, ...] = ("training", "evaluation", "statistics")

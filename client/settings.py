@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from common.dictionary import Finite, Name, Slug
 from common.errors import SiteError
 from common.files import Strict, load_config, read_bounded, validated, write_atomic
-from common.study import Finite, Name, Slug
 
 
 class Mapping(Strict):

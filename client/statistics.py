@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from common.dictionary import NumericColumn
 from common.messages import Array
 from common.schema import Coded, Floats
 from common.statistics import (
@@ -16,7 +17,7 @@ from common.statistics import (
     moment_span,
     numeric_columns,
 )
-from common.study import NumericColumn, Study
+from common.study import Study
 
 _GRID = 2.0**30  # parts of a unit
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.dictionary import CategoricalColumn
 from common.privacy.plan import NO_LIMITS, Limits, StudyPlan, plan_study
-from common.study import CategoricalColumn, Study
+from common.study import Study
 
 
 @dataclass(frozen=True)

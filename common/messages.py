@@ -17,10 +17,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from common.dictionary import Slug
 from common.errors import MessageError
 from common.files import Strict, canonical_json
 from common.privacy.mechanism import Event
-from common.study import Slug
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = Mapping[str, Array]

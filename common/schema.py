@@ -20,8 +20,9 @@ import pandera.pandas as pandera
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.dictionary import CategoricalColumn, NumericColumn
 from common.errors import DataError, Refused, StudyError
-from common.study import CategoricalColumn, NumericColumn, Study
+from common.study import Study
 from common.table import Positions, Table, Violation, refuse
 
 Floats = npt.NDArray[np.float64]

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from common.dictionary import CategoricalColumn, Column, NumericColumn
 from common.errors import StudyError
 from common.estimates import Counts, Figure, Spread, consistent, quantiles, spread
 from common.messages import Arrays
 from common.schema import Floats, Scaling, ordered_codes
-from common.study import CategoricalColumn, Column, NumericColumn, Statistics, Study
+from common.study import Statistics, Study
 
 QUANTILES = (5, 25, 50, 75, 95)  # per cent
 SMALLEST_DEVIATION = 0.01  # of the public interval's width

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from client.settings import DataSource, Mapping, SiteFolder
 from client.sources.columnar import read_parquet
 from client.sources.delimited import read_csv
+from common.dictionary import CategoricalColumn, NumericColumn
 from common.errors import DataError, SiteError
 from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_code, normal_text
-from common.study import CategoricalColumn, NumericColumn, Study
+from common.study import Study
 from common.table import Table
 
 _MAP_REMEDY = "mend [data.columns] in site.toml"

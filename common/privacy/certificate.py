@@ -20,12 +20,12 @@ from jwt.exceptions import InvalidTokenError
 from jwt.utils import base64url_decode, base64url_encode
 from pydantic import AfterValidator, Field
 
+from common.dictionary import Positive, Slug
 from common.errors import CertificateError
 from common.files import Strict, canonical_json, validated
 from common.keys import PublicKey, SigningKey
 from common.messages import MAX_CERTIFICATE_CHARACTERS, Digest, SessionId
 from common.privacy.mechanism import Event, Noise
-from common.study import Positive, Slug
 
 ALGORITHM = "EdDSA"
 TYPE = "fedward-certificate+jws"

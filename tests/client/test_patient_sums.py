@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client.statistics import patient_sums
+from common.dictionary import NumericColumn
 from common.errors import StudyError
 from common.metrics import merged
 from common.schema import Coded
@@ -27,7 +28,7 @@ from common.statistics import (
     moments,
     sensitivity,
 )
-from common.study import NumericColumn, Study
+from common.study import Study
 
 STUDY = statistics_study()
 
