@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.reservation import PART_OF, Reservation
@@ -70,6 +71,8 @@ class Account:
         self._charged: dict[tuple[str, str], Reservation] = {}
         self._known: set[str] = {NO_HEAD}
         self._rdp: dict[float, float] = {}  # order → sum over all charges
+        self._charges: dict[str, Spending] = {}  # study → what its charges come to, its rounds left out
+        self._rounds: Counter[str] = Counter()  # study → rounds reserved
         for entry in entries:
             try:
                 self.add(entry)
@@ -79,11 +82,15 @@ class Account:
                     remedy="this ledger was written by another version of fedward",
                 ) from None
 
-    def add(self, entry: Entry) -> None:
-        """Take one more entry in."""
+    def add(self, entry: Entry, wanted: Reservation | None = None) -> None:
+        """Take one more entry in.
+
+        Args:
+            wanted: the reservation that the entry was made of; read from it if absent.
+        """
         body = entry.body
         if entry.kind == "reserve":
-            self._reserve(Reservation.of(body), Head(entry.sequence, entry.hash))
+            self._reserve(wanted or Reservation.of(body), Head(entry.sequence, entry.hash))
         elif entry.kind == "commit":
             key = str(body["session"]), int(body["round"])
             self.committed[key] = Committed(
@@ -99,19 +106,25 @@ class Account:
         self.last_time = max(self.last_time, entry.time)
 
     def _reserve(self, wanted: Reservation, head: Head) -> None:
+        before = self.reserved.get(wanted.key)
+        if before is not None:
+            self._rounds[before.study] -= 1
+        self._rounds[wanted.study] += 1
         self.reserved[wanted.key] = wanted
         self._heads[wanted.key] = head
         part = wanted.session, wanted.part
         if part not in self._charged:
             self._charged[part] = wanted
+            self._charges.pop(wanted.study, None)
             for order in self._rdp:
                 self._rdp[order] += wanted.rdp(order)
 
     def _abandon(self, key: tuple[str, int]) -> None:
         gone = self.reserved.pop(key)
+        self._rounds[gone.study] -= 1
         part = gone.session, gone.part
         if not any((r.session, r.part) == part for r in self.reserved.values()):
-            del self._charged[part]
+            self._charges.pop(self._charged.pop(part).study, None)
             self._rdp.clear()
 
     def knows(self, head: str) -> bool:
@@ -137,13 +150,15 @@ class Account:
 
     def spending(self, study: str) -> Spending:
         """What a study (by digest) has spent."""
-        charges = [r for r in self._charged.values() if r.study == study]
-        return Spending(
-            sessions=len({r.session for r in charges}),
-            epsilon=math.fsum(r.epsilon or 0.0 for r in charges),
-            delta=math.fsum(r.delta or 0.0 for r in charges),
-            rounds=sum(r.study == study for r in self.reserved.values()),
-        )
+        if study not in self._charges:
+            charges = [r for r in self._charged.values() if r.study == study]
+            self._charges[study] = Spending(
+                sessions=len({r.session for r in charges}),
+                epsilon=math.fsum(r.epsilon or 0.0 for r in charges),
+                delta=math.fsum(r.delta or 0.0 for r in charges),
+                rounds=0,
+            )
+        return replace(self._charges[study], rounds=self._rounds[study])
 
     def studies(self) -> Mapping[str, Spending]:
         """What every study has spent."""

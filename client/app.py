@@ -16,6 +16,16 @@ RECORD, FIELD, STYPE = "fedward", "message", "safetensors"
 app = ClientApp()
 
 
+def request_of(message: Message) -> bytes:
+    """What a message asks the vault; a simulation hands it over by reference.
+
+    Raises:
+        KeyError, AttributeError, TypeError: if it isn't fedward's.
+    """
+    content: bytes = message.content[RECORD][FIELD].data
+    return content
+
+
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Forward `message` to this node's vault.
@@ -24,11 +34,11 @@ def answer(message: Message, context: Context) -> Message:
         RuntimeError: with the error's name only, because Flower shows the text to the coordinator.
     """
     try:
-        request = message.content[RECORD][FIELD].data
-        reply = vault_for(context.node_config)(request)
+        reply = vault_for(context.node_config)(request_of(message))
     except FedwardError as error:
         raise RuntimeError(f"fedward: {error.code}") from None
     except Exception as error:
         raise RuntimeError(f"fedward: {type(error).__name__}") from None
-    record = ArrayRecord({FIELD: Array(dtype="uint8", shape=(len(reply),), stype=STYPE, data=reply)})
+    record = ArrayRecord()  # given to its constructor, Flower would copy the array
+    record[FIELD] = Array("uint8", (len(reply),), STYPE, reply)
     return Message(RecordDict({RECORD: record}), reply_to=message)

@@ -46,7 +46,7 @@ def layout(lanes: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch
         yield order[chosen], rows[chosen]
 
 
-def filled(values: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+def filled(values: torch.Tensor, rows: torch.Tensor | slice, size: int) -> torch.Tensor:
     """A block with `values` in `rows`, and zeros in the others."""
     block = values.new_zeros((size, *values.shape[1:]))
     block[rows] = values

@@ -30,6 +30,16 @@ _LANE_RECORDS = 1024  # at a time
 _PARTS = {"train": 0, "test": 1}
 
 
+def lanes_of(features: torch.Tensor) -> torch.Tensor:
+    """A number that follows from each record's own features, int64 [records]; see client/blocks."""
+    found = [torch.zeros(0, dtype=torch.int64)]
+    for part in features.flatten(start_dim=1).split(_LANE_RECORDS):
+        bits = part.contiguous().view(torch.int32).long()
+        odd = torch.arange(1, 2 * bits.shape[1], 2, device=bits.device) * 0x9E3779B1
+        found.append((bits * odd).sum(dim=1).bitwise_right_shift_(24).cpu())
+    return torch.cat(found)
+
+
 @dataclass(frozen=True, repr=False)
 class Patients:
     """Records of some patients, each patient's together.
@@ -49,7 +59,7 @@ class Patients:
     groups: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     def __repr__(self) -> str:  # sizes are private
         return "Patients(…)"
@@ -57,12 +67,14 @@ class Patients:
     @cached_property
     def lanes(self) -> torch.Tensor:
         """A number that follows from each record's own features, int64 [records]; see client/blocks."""
-        found = [torch.zeros(0, dtype=torch.int64)]
-        for part in self.features.flatten(start_dim=1).split(_LANE_RECORDS):
-            bits = part.contiguous().view(torch.int32).long()
-            odd = torch.arange(1, 2 * bits.shape[1], 2) * 0x9E3779B1
-            found.append((bits * odd).sum(dim=1).bitwise_right_shift_(24))
-        return torch.cat(found)
+        return lanes_of(self.features)
+
+    def on(self, device: torch.device) -> Patients:
+        """The same on a device; offsets stay where batches are drawn, on the processor."""
+        if self.features.device.type == device.type:
+            return self
+        groups = None if self.groups is None else self.groups.to(device)
+        return Patients(self.features.to(device), self.labels.to(device), self.offsets, self.hashes, groups)
 
     def without(self, withdrawn: frozenset[bytes]) -> Patients:
         """The patients whose hash isn't listed; these very ones if none is."""
@@ -86,6 +98,10 @@ class Cohort:
 
     train: Patients
     test: Patients
+
+    def on(self, device: torch.device) -> Cohort:
+        """The same on a device."""
+        return Cohort(self.train.on(device), self.test.on(device))
 
 
 @dataclass(frozen=True, repr=False)

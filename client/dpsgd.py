@@ -3,43 +3,46 @@
 One step: every patient takes part with probability q, by itself; the patient's gradient (mean or sum
 over its records) is clipped to L2 norm C over all parameters together; the sum over patients gets
 Gaussian noise of standard deviation σC and is divided by a *public* number. An empty batch is a step
-like any other: its sum is zero, and it is noised all the same. Opacus gives the per-record gradients.
+like any other: its sum is zero, and it is noised all the same.
 
-Norms and sums are computed in float64, so that rounding does not undo the bound (`ClippedGradients.sum`
-says how far).
+The sum comes from one of four engines (`engine_of`), whichever is the fastest that takes the network; each
+says in its `sum` how it keeps rounding within the bound.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+import logging
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
-from opacus import GradSampleModule
 from torch import nn
 
 from client.blocks import block_size, filled, layout
-from client.cohort import Patients
+from client.cohort import Patients, lanes_of
+from client.dense import DenseGradients, not_dense
+from client.linear import LinearGradients, not_linear
+from client.rowwise import CLIPPING_MARGIN
+from client.taps import TappedGradients, covers
 from common.objectives import record_losses
-from common.privacy.noise import Floats, Normals, Stream, noised
+from common.privacy.noise import Normals, Stream, noised
 from common.privacy.plan import StepPlan
 from common.study import Objective
+
+log = logging.getLogger("fedward.training")
 
 # torch warns that inputs need no gradient; Opacus's hooks work all the same. Once for the process,
 # because `catch_warnings` is not safe among threads, and sites of a simulation are threads.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 MAX_RECORDS = 4096  # in one pass through the network
+EVALUATION_RECORDS = 256  # in one pass without gradients
 MAX_GRADIENT_ELEMENTS = 1 << 26  # 256 MiB of float32 per-record gradients at a time
-CLIPPING_MARGIN = 2.0**-24  # of C, for the rounding of norms and sums in float64
-DRAWN_AHEAD = 100_000  # from so many normals on, a thread of their own is worth its while
 _ROWS, _ELEMENTS = 16, 1 << 16  # of gradients that are float64 at a time: 512 KiB stay in a core's cache
 
 
@@ -61,20 +64,25 @@ class Batch:
 
     @property
     def one_record_each(self) -> bool:
-        return len(self.records) == self.patients
+        return self.records.shape[0] == self.patients  # a tensor's len() takes longer
+
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        if self.records.device.type == device.type:
+            return self
+        return Batch(self.records.to(device), self.patient.to(device), self.weights.to(device), self.patients)
 
 
 def draw_batch(patients: Patients, plan: StepPlan, stream: Stream) -> Batch:
     """Choose patients by independent coins, and at most `max_records` of each one's records."""
-    chosen = np.flatnonzero(stream.bernoulli(len(patients), plan.sample_rate))
+    (chosen,) = stream.bernoulli(len(patients), plan.sample_rate).nonzero()
     return batch_of(patients, chosen, plan, stream)
 
 
 def batch_of(patients: Patients, chosen: np.ndarray, plan: StepPlan, stream: Stream) -> Batch:
     """The batch of given patients (indices int64 [patients])."""
-    if len(patients.labels) == len(patients):  # one record each
-        records = torch.from_numpy(chosen.astype(np.int64))
-        return Batch(records, torch.arange(len(chosen)), torch.ones(len(chosen)), len(chosen))
+    if patients.labels.shape[0] == len(patients):  # one record each
+        return Batch(torch.from_numpy(chosen), *_one_each(len(chosen)), len(chosen))
     offsets = patients.offsets.numpy()
     counts = offsets[chosen + 1] - offsets[chosen]
     patient = np.repeat(np.arange(len(chosen)), counts)
@@ -93,6 +101,12 @@ def batch_of(patients: Patients, chosen: np.ndarray, plan: StepPlan, stream: Str
         weights=torch.from_numpy(weights.astype(np.float32)),
         patients=len(chosen),
     )
+
+
+@lru_cache(maxsize=64)
+def _one_each(patients: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each record's patient and weight where every patient has one. Nobody writes into them."""
+    return torch.arange(patients), torch.ones(patients)
 
 
 def pieces(batch: Batch, max_records: int) -> list[Batch]:
@@ -116,8 +130,48 @@ def pieces(batch: Batch, max_records: int) -> list[Batch]:
     return result
 
 
+class Engine(Protocol):
+    """What gives sums of clipped per-patient gradients of one network.
+
+    Attributes:
+        network: taken over: use this one from here on.
+        parameters: those to be trained, in the order of the sum.
+        size: numbers in them.
+    """
+
+    network: nn.Module
+    parameters: list[nn.Parameter]
+    size: int
+
+    def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
+        """Σ over patients of min(1, C / ‖g‖) g, float64 [size]; one patient more or less changes it by at
+        most C in L2 norm, rounding included."""
+
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        """The network's outputs [records, outputs] of features [records, …], without gradients; each
+        record's are the same in any company."""
+
+
+def engine_of(network: nn.Module, objective: Objective, expected: float = 1.0) -> Engine:
+    """The fastest engine that takes this network: closed form, taps, or Opacus's per-record gradients.
+
+    Args:
+        expected: public number of records in a step.
+    """
+    if not_dense(network) is None:
+        kind = DenseGradients if not_linear(network, objective) else LinearGradients
+        return kind(network, objective, expected)
+    reason = covers(network)
+    if reason is None:
+        return TappedGradients(network, objective, expected)
+    log.info("per-record gradients by Opacus, which takes longer and more memory: %s", reason)
+    return ClippedGradients(network, objective, expected)
+
+
 class ClippedGradients:
-    """Sums of clipped per-patient gradients of one network.
+    """Sums of clipped per-patient gradients of one network, by Opacus's per-record gradients.
+
+    Norms and sums are computed in float64, so that rounding does not undo the bound.
 
     Args:
         network: taken over: use `network` of this object from here on.
@@ -125,12 +179,36 @@ class ClippedGradients:
     """
 
     def __init__(self, network: nn.Module, objective: Objective, expected: float = 1.0) -> None:
-        self._module = GradSampleModule(network, loss_reduction="sum")
+        self.network = network
+        self._hooked: nn.Module | None = None
         self._objective = objective
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
         self._max_records = min(MAX_RECORDS, max(1, MAX_GRADIENT_ELEMENTS // max(1, self.size)))
         self._block = block_size(expected, self._max_records)
+
+    @property
+    def _module(self) -> nn.Module:
+        """The network with Opacus's hooks: from the first sum on, because they slow ordinary training."""
+        if self._hooked is None:
+            from opacus import GradSampleModule  # takes seconds to import
+
+            self._hooked = GradSampleModule(self.network, loss_reduction="sum")
+        return self._hooked
+
+    @torch.no_grad()
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        """The network's outputs, float32 [records, outputs], in the records' order, computed in blocks."""
+        lanes = lanes_of(features)
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for chosen, rows in layout(lanes, EVALUATION_RECORDS):
+            outputs: torch.Tensor = self.network(filled(features[chosen], rows, EVALUATION_RECORDS))
+            found.append((chosen, outputs[rows]))
+        if not found:
+            empty: torch.Tensor = self.network(features)
+            return empty
+        together = torch.cat([s for _, s in found])
+        return torch.empty_like(together).index_copy_(0, torch.cat([c for c, _ in found]), together)
 
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of min(1, C / ‖g‖) g, float64 [parameters], with ‖g‖ over all of them.
@@ -138,11 +216,11 @@ class ClippedGradients:
         A patient with a g that overflows counts as zero: NaN would drown the noise and tell everyone that
         such a patient is here.
 
-        From g on, all is float64, and what is clipped to is C (1 - 2^-24). So one patient more or less
+        From g on, all is float64, and what is clipped to is C (1 - 2^-8). So one patient more or less
         changes the result by at most C in L2 norm, rounding included: that of a norm is below 2^-40 of
         it; a sum of n patients' vectors is off by at most n² 2^-53 C (Higham 2002, "Accuracy and
-        stability of numerical algorithms", section 3.1), which the margin covers twice over up to
-        n = 16,000, and up to many millions unless all roundings conspire.
+        stability of numerical algorithms", section 3.1), which the margin covers up to
+        n = 4,000,000.
 
         g itself is float32, and is computed in blocks whose size and order tell nothing of who else is
         there (client/blocks).
@@ -150,9 +228,9 @@ class ClippedGradients:
         Args:
             clipping_norm: C.
         """
-        total = torch.zeros(self.size, dtype=torch.float64)
+        total = torch.zeros(self.size, dtype=torch.float64)  # on the processor, whatever the device
         for piece in pieces(batch, self._max_records):
-            total += self._piece(patients, piece, clipping_norm)
+            total += self._piece(patients, piece, clipping_norm).cpu()
         return total
 
     def _piece(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
@@ -169,18 +247,20 @@ class ClippedGradients:
         """Each patient's gradient in some order, one float32 matrix [patients, numbers] a parameter."""
         blocks = list(layout(patients.lanes[batch.records], self._block))
         alone = batch.one_record_each and len(blocks) == 1
-        grouped = [] if alone else [torch.zeros(batch.patients, p.numel()) for p in self.parameters]
+        device = patients.features.device
+        sizes = [] if alone else [(batch.patients, p.numel()) for p in self.parameters]
+        grouped = [torch.zeros(size, device=device) for size in sizes]
         for chosen, rows in blocks:
             records = batch.records[chosen]
             outputs = self._module(filled(patients.features[records], rows, self._block))
             labels = filled(patients.labels[records], rows, self._block)
-            weights = filled(batch.weights[chosen], rows, self._block)
+            weights = filled(batch.weights[chosen].to(device), rows, self._block)
             (record_losses(self._objective, outputs, labels) * weights).sum().backward()
             found = [self._taken(p)[rows] for p in self.parameters]
             if alone:
                 return found
             for together, part in zip(grouped, found, strict=True):
-                together.index_add_(0, batch.patient[chosen], part)
+                together.index_add_(0, batch.patient[chosen].to(device), part)
         return grouped
 
     def _taken(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -201,7 +281,7 @@ def _in_float64(gradient: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Te
     rows, columns = gradient.shape
     high = min(rows, max(_ROWS, _ELEMENTS // columns))
     wide = min(columns, _ELEMENTS // high)
-    memory = torch.empty(high * wide, dtype=torch.float64)
+    memory = gradient.new_empty(high * wide, dtype=torch.float64)
     for top in range(0, rows, high):
         for left in range(0, columns, wide):
             part = gradient[top : top + high, left : left + wide]
@@ -211,7 +291,7 @@ def _in_float64(gradient: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Te
 
 def _norms(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Each patient's L2 norm over all its gradients, float64 [patients]."""
-    squares = torch.zeros(len(gradients[0]), dtype=torch.float64)
+    squares = gradients[0].new_zeros(len(gradients[0]), dtype=torch.float64)
     for gradient in gradients:
         for rows, _, part in _in_float64(gradient):
             squares[rows] += part.square_().sum(dim=1)
@@ -226,7 +306,7 @@ def _weighted_sums(gradients: list[torch.Tensor], weights: torch.Tensor) -> torc
     """
     sums = []
     for gradient in gradients:
-        total = torch.zeros(gradient.shape[1], dtype=torch.float64)
+        total = gradient.new_zeros(gradient.shape[1], dtype=torch.float64)
         for rows, columns, part in _in_float64(gradient):
             total[columns].addmv_(part.T, weights[rows])
         sums.append(total)
@@ -237,7 +317,7 @@ def noised_mean(total: torch.Tensor, plan: StepPlan, source: Normals) -> torch.T
     """(total + noise of standard deviation σC) / divisor, on a grid, float32 [parameters]: may be seen.
 
     Args:
-        total: what `ClippedGradients.sum` gave.
+        total: what an engine's `sum` gave.
         source: a stream, or what draws ahead of it; see common/privacy/noise, `noised`.
 
     Raises:
@@ -245,123 +325,7 @@ def noised_mean(total: torch.Tensor, plan: StepPlan, source: Normals) -> torch.T
     """
     if plan.clipping_norm is None:
         raise ValueError("a plan without clipping has no private gradient")
-    return noised(total, plan.noise_multiplier * plan.clipping_norm, source, divisor=plan.divisor)
-
-
-# --- drawing while others compute
-
-
-class Cores:
-    """Who computes in this process: trainings, and threads that draw noise for them.
-
-    Args:
-        count: cores that this process may use. None: those that the system grants it, at most
-            OMP_NUM_THREADS where that is set (Ray sets it for its workers); none is free for noise while
-            the machine's load of the last minute, other programs included, is as high.
-    """
-
-    def __init__(self, count: int | None = None) -> None:
-        self._count, self._busy, self._lock = count, 0, threading.Lock()
-
-    @property
-    def count(self) -> int:
-        if self._count is not None:
-            return self._count
-        granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        told = os.environ.get("OMP_NUM_THREADS", "")
-        return min(granted, int(told)) if told.isdigit() and int(told) > 0 else granted
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Take one core for a training, free or not."""
-        with self._lock:
-            self._busy += 1
-        try:
-            yield
-        finally:
-            self.give_back()
-
-    def borrow(self) -> bool:
-        """Take one more if it is free; say whether it was."""
-        with self._lock:
-            free = self._busy < self.count and not self._crowded()
-            self._busy += free
-            return free
-
-    def give_back(self) -> None:
-        """Be done with one."""
-        with self._lock:
-            self._busy -= 1
-
-    def _crowded(self) -> bool:
-        if self._count is not None:
-            return False
-        try:
-            return os.getloadavg()[0] >= self.count
-        except (AttributeError, OSError):  # the system doesn't tell
-            return False
-
-
-CORES = Cores()
-
-
-class DrawnAhead:
-    """A stream's normals, the next of which a thread may be drawing. Made by `drawn_ahead`."""
-
-    def __init__(self, stream: Stream, count: int, cores: Cores) -> None:
-        self._stream, self._count, self._cores = stream, count, cores
-        self._drawn: Floats = np.empty(0)
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
-
-    def begin(self) -> None:
-        """Start to draw the next `count` normals, if that pays and a core is free; returns at once."""
-        if self._count < DRAWN_AHEAD or self._pending is not None or not self._cores.borrow():
-            return
-        try:
-            if self._thread is None:
-                self._drawn = np.empty(self._count)
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
-            self._pending = self._thread.submit(self._stream.fill, self._drawn)
-        except BaseException:
-            self._cores.give_back()
-            raise
-        self._pending.add_done_callback(lambda _: self._cores.give_back())
-
-    def normals(self, count: int) -> Iterator[Floats]:
-        """The stream's own normals, whoever drew them.
-
-        Raises:
-            ValueError: if other than the number begun is taken.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            yield from self._stream.normals(count)
-            return
-        pending.result()
-        if count != self._count:
-            raise ValueError(f"{self._count} normals were begun, and {count} are taken")
-        for start in range(0, count, _ELEMENTS // 2):
-            yield self._drawn[start : start + _ELEMENTS // 2]
-
-    def close(self) -> None:
-        """Wait for the thread, and end it."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-
-
-@contextmanager
-def drawn_ahead(stream: Stream, count: int, cores: Cores = CORES) -> Iterator[DrawnAhead]:
-    """For one training: between `begin` and use, another core draws the next `count` normals.
-
-    Only if they are `DRAWN_AHEAD` or more and a core is free (see `Cores`): each training in this process
-    counts as one that is busy, and so does each thread that draws, so that a simulation's workers keep
-    theirs. The numbers are the same either way. The thread ends with the context; an error on it is
-    raised where the normals are used.
-    """
-    with cores.working():
-        ahead = DrawnAhead(stream, count, cores)
-        try:
-            yield ahead
-        finally:
-            ahead.close()
+    deviation = plan.noise_multiplier * plan.clipping_norm
+    if total.device.type == "cpu":
+        return noised(total, deviation, source, divisor=plan.divisor)
+    return noised(total.cpu(), deviation, source, divisor=plan.divisor).to(total.device)

@@ -31,6 +31,7 @@ from common.keys import SigningKey
 from common.privacy.certificate import read_certificate
 
 KEPT_REPLIES = 2
+LARGEST_HELD = 1 << 20  # bytes of a reply that may wait in memory
 ROUNDING = 1 + 1e-9  # of sums of floating-point numbers
 
 
@@ -42,6 +43,8 @@ class Ledger:
         replies: folder of committed replies.
         key: signs the entries.
         durable: fsync (see `Journal`), and keep the head.
+        prompt: write each entry, and each reply before its round counts as answered. Simulations may leave
+            entries and small replies in memory until the ledger is closed: a crash then loses them.
 
     Raises:
         LedgerError: as `Journal`; or if a reply is kept, or a head is remembered, that the journal knows
@@ -49,12 +52,21 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path, replies: Path, *, key: SigningKey | None = None, durable: bool = True
+        self,
+        path: Path,
+        replies: Path,
+        *,
+        key: SigningKey | None = None,
+        durable: bool = True,
+        prompt: bool = True,
     ) -> None:
         for folder in (path.parent, replies):  # with `parents`, mkdir gives its mode to the last one only
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._replies, self._durable = replies, durable
-        self._journal = Journal(path, durable=durable, key=key)
+        self._prompt = durable or prompt
+        self._held: dict[tuple[str, int], bytes] = {}  # replies that are not on disk yet
+        self._noted: Policy | None = None  # the policy that was written down last
+        self._journal = Journal(path, durable=durable, key=key, prompt=prompt)
         try:
             self.account = Account(self._journal.entries, path)
             self._check_replies()
@@ -107,7 +119,7 @@ class Ledger:
             return None
         path = self._reply_path(session, round_number)
         try:
-            reply = path.read_bytes()
+            reply = self._held.get(known.key) or path.read_bytes()
         except FileNotFoundError:
             raise Refused(
                 f"round {round_number} of session {session} was answered; its reply is no longer kept",
@@ -127,8 +139,11 @@ class Ledger:
         Raises:
             LedgerError: if it can't be written.
         """
+        if policy is self._noted:
+            return
         if policy.digest != (self.account.policy or Policy().digest):
             self._append("policy", {"digest": policy.digest, "content": policy.content})
+        self._noted = policy
 
     def reserve(self, wanted: Reservation, approval: Approval, policy: Policy) -> Head:
         """Write down what a round will cost; when this returns, it is spent.
@@ -157,7 +172,7 @@ class Ledger:
             raise _planned_otherwise(wanted.session)
         self._admit(wanted, approval, policy, new=begun is None)
         self.note(policy)
-        self._append("reserve", wanted.body())
+        self._append("reserve", wanted.body(), wanted)
         return self.account.head_of(wanted.key)
 
     def _admit(self, wanted: Reservation, approval: Approval, policy: Policy, *, new: bool) -> None:
@@ -177,7 +192,8 @@ class Ledger:
                 remedy="its privacy officer sets one: fedward-site policy FOLDER --epsilon E --delta D",
             )
         budget = policy.cohort.filter()
-        if not budget.admits(self.account.rdp(budget.order), wanted.rdp(budget.order) * new):
+        cost = wanted.rdp(budget.order) if new else 0.0
+        if not budget.admits(self.account.rdp(budget.order), cost):
             raise BudgetExhausted(
                 "the lifetime budget of this site's cohort leaves too little for this study",
                 remedy="ask for a smaller ε; what the patients' lifetime budget was spent on stays spent",
@@ -193,7 +209,20 @@ class Ledger:
         Raises:
             LedgerError: if it can't be written; the round then counts as not answered.
         """
-        path = self._reply_path(*reservation.key)
+        if self._prompt or len(reply) > LARGEST_HELD:
+            self._keep(reservation.key, reply)
+        else:
+            self._held[reservation.key] = reply
+        body = {"session": reservation.session, "round": reservation.round}
+        body |= {"reply": hashlib.sha256(reply).hexdigest(), "released": released}
+        self._append("commit", {**body, "withdrawn": withdrawn or reservation.withdrawn})
+        if reservation.round > KEPT_REPLIES:
+            old = reservation.session, reservation.round - KEPT_REPLIES
+            if self._held.pop(old, None) is None:
+                self._reply_path(*old).unlink(missing_ok=True)
+
+    def _keep(self, key: tuple[str, int], reply: bytes) -> None:
+        path = self._reply_path(*key)
         try:
             if self._durable:
                 write_atomic(path, reply)
@@ -201,11 +230,6 @@ class Ledger:
                 path.write_bytes(reply)
         except OSError as error:
             raise LedgerError(f"{path}: {error.strerror}", remedy="free space on that disk") from None
-        body = {"session": reservation.session, "round": reservation.round}
-        body |= {"reply": hashlib.sha256(reply).hexdigest(), "released": released}
-        self._append("commit", {**body, "withdrawn": withdrawn or reservation.withdrawn})
-        if reservation.round > KEPT_REPLIES:
-            self._reply_path(reservation.session, reservation.round - KEPT_REPLIES).unlink(missing_ok=True)
 
     def abandon(self, reservation: Reservation) -> None:
         """Give a reservation back. Only for one before whose failure no row was read.
@@ -217,14 +241,24 @@ class Ledger:
             raise LedgerError(f"round {reservation.round} was answered", remedy="it stays spent")
         self._append("abandon", {"session": reservation.session, "round": reservation.round})
 
-    def _append(self, kind: str, body: dict[str, Any]) -> None:
+    def _append(self, kind: str, body: dict[str, Any], wanted: Reservation | None = None) -> None:
         entry = self._journal.append(kind, body)
-        self.account.add(entry)
+        self.account.add(entry, wanted)
         if self._durable:
             remember_head(self._journal.path, entry)
 
     def close(self) -> None:
-        self._journal.close()
+        """Let the journal go; what was held back of replies is written.
+
+        Raises:
+            LedgerError: if that can't be.
+        """
+        try:
+            for key, reply in self._held.items():
+                self._keep(key, reply)
+            self._held.clear()
+        finally:
+            self._journal.close()
 
     def _reply_path(self, session: str, round_number: int) -> Path:
         return self._replies / f"{session}.{round_number}.safetensors"

@@ -7,8 +7,10 @@ it serves into the ledger.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +19,7 @@ from pydantic import AwareDatetime, Field
 
 from client.settings import SiteFolder
 from common.dictionary import Positive
-from common.errors import NotApproved, PolicyForbids, Refused, SiteError
+from common.errors import NotApproved, PolicyForbids, Refused, SiteError, StudyError
 from common.files import Strict, canonical_json, load_config, read_bounded, validated, write_atomic
 from common.messages import Digest
 from common.privacy.filter import PrivacyFilter, privacy_filter
@@ -193,19 +195,23 @@ class PolicyReader:
 
     def __init__(self, folder: SiteFolder) -> None:
         self._folder = folder
+        self._policy_path, self._approved = folder.policy_path, folder.approved
+        self._study_path = self._approved / "none"
         self._policy: tuple[Signature, Policy] | None = None
         self._study: tuple[Signature, str, Study] | None = None
 
     def policy(self) -> Policy:
         """As `load_policy`."""
-        now = signature(self._folder.policy_path)
+        now = signature(self._policy_path)
         if self._policy is None or self._policy[0] != now:
             self._policy = now, load_policy(self._folder)
         return self._policy[1]
 
     def study(self, digest: str) -> Study:
         """As `approved_study`."""
-        now = signature(self._folder.approved / f"{digest}.json")
+        if self._study_path.stem != digest:
+            self._study_path = self._approved / f"{digest}.json"
+        now = signature(self._study_path)
         if self._study is None or self._study[:2] != (now, digest):
             self._study = now, digest, approved_study(self._folder, digest)
         return self._study[2]
@@ -217,7 +223,7 @@ Signature = tuple[int, int, int, int] | None
 def signature(path: Path) -> Signature:
     """What changes when a file is replaced or written to; None if there is no file."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -241,18 +247,29 @@ def approved_study(folder: SiteFolder, digest: str) -> Study:
         SiteError: if the copy is gone or isn't the study that was approved.
     """
     path = folder.approved / f"{digest}.json"
-    study = parse_study(read_bounded(path, SiteError), str(path))
+    content = read_bounded(path, SiteError)
+    try:
+        study = _parsed(content)
+    except StudyError:
+        study = parse_study(content, str(path))  # says which file
     if study.digest != digest:
         raise SiteError(f"{path}: not the study that was approved", remedy="approve the study again")
     return study
 
 
-def set_policy(folder: SiteFolder, changes: Mapping[str, Any]) -> Policy:
+@lru_cache(maxsize=8)
+def _parsed(content: bytes) -> Study:
+    """A study for all sites of a process that keep the same copy of it."""
+    return parse_study(content, "approved study")
+
+
+def set_policy(folder: SiteFolder, changes: Mapping[str, Any], *, durable: bool = True) -> Policy:
     """Change what policy.toml says besides its approvals; the file is made if absent.
 
     Args:
         changes: `cohort` and `floors` as tables of which the given keys change, `releases`,
             `secure_aggregation`.
+        durable: see `save_policy`.
 
     Raises:
         SiteError: if a value is wrong, or the file can't be written.
@@ -261,16 +278,19 @@ def set_policy(folder: SiteFolder, changes: Mapping[str, Any]) -> Policy:
     for key, change in changes.items():
         value[key] = {**value.get(key, {}), **change} if isinstance(change, Mapping) else change
     policy = validated(Policy, value, str(folder.policy_path), SiteError)
-    save_policy(folder, policy)
+    save_policy(folder, policy, durable=durable)
     return policy
 
 
-def approve(folder: SiteFolder, study: Study, approval: Approval, plan: StudyPlan) -> Approval:
+def approve(
+    folder: SiteFolder, study: Study, approval: Approval, plan: StudyPlan, *, durable: bool = True
+) -> Approval:
     """Allow a study: its canonical form is kept at the site, its digest and budget enter policy.toml.
 
     Args:
         approval: see `approval_of`.
         plan: what the study does here within the policy's limits.
+        durable: see `save_policy`.
 
     Raises:
         SiteError: if it is approved already, no lifetime budget stands, or a file can't be written.
@@ -288,10 +308,11 @@ def approve(folder: SiteFolder, study: Study, approval: Approval, plan: StudyPla
     policy.refuse_below_floors(study, plan, folder.file.site.public_size)
     try:
         folder.approved.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(folder.approved / f"{study.digest}.json", study.canonical)
+        _place(folder.approved / f"{study.digest}.json", study.canonical, durable)
     except OSError as error:
         raise SiteError(f"{folder.approved}: {error.strerror}", remedy="check its permissions") from None
-    save_policy(folder, policy.model_copy(update={"approved": (*policy.approved, approval)}))
+    approved = (*policy.approved, approval)
+    save_policy(folder, policy.model_copy(update={"approved": approved}), durable=durable)
     return approval
 
 
@@ -362,13 +383,23 @@ def revoke(folder: SiteFolder, digest: str, by: str) -> None:
     save_policy(folder, policy.model_copy(update={"approved": approved}))
 
 
-def save_policy(folder: SiteFolder, policy: Policy) -> None:
+def save_policy(folder: SiteFolder, policy: Policy, *, durable: bool = True) -> None:
     """Replace policy.toml as a whole.
+
+    Args:
+        durable: sync it to disk. Simulations do without.
 
     Raises:
         SiteError: if it can't be written.
     """
     try:
-        write_atomic(folder.policy_path, tomli_w.dumps(policy.content).encode())
+        _place(folder.policy_path, tomli_w.dumps(policy.content).encode(), durable)
     except OSError as error:
         raise SiteError(f"{folder.policy_path}: {error.strerror}", remedy="check its permissions") from None
+
+
+def _place(path: Path, content: bytes, durable: bool) -> None:
+    if durable:
+        write_atomic(path, content)
+    else:
+        path.write_bytes(content)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from client.certify import Issuer
 from client.cohort import load_records
 from client.ledger import Ledger, check_certificates
-from client.policy import PolicyReader, signature
+from client.policy import PolicyReader, Signature, signature
 from client.settings import SiteFolder
 from client.vault import Holdings, Vault
 from client.withdrawal import WithdrawnReader
@@ -22,6 +25,7 @@ from common.privacy.noise import OperatingSystem, Randomness
 from common.study import Study
 
 SPLIT_KEY_BYTES = 32
+Read = TypeVar("Read")
 
 
 def open_vault(
@@ -30,6 +34,7 @@ def open_vault(
     randomness: Randomness | None = None,
     split_key: bytes | None = None,
     durable: bool = True,
+    prompt: bool = True,
 ) -> Vault:
     """The vault of a site, not yet listening anywhere.
 
@@ -40,6 +45,7 @@ def open_vault(
         randomness: the operating system's, unless a simulation says otherwise.
         split_key: instead of the site's own secret (simulations).
         durable: fsync the ledger and pad the time of answers (simulations do without).
+        prompt: see `Ledger`.
 
     Raises:
         SiteError: if a key is absent or unsafe.
@@ -49,30 +55,45 @@ def open_vault(
     torch.set_num_threads(1)
     key, signing = split_key or read_split_key(folder), read_signing_key(folder.signing_key_path)
     reader, drawn = PolicyReader(folder), randomness or OperatingSystem()
+    data = folder.data_path
     holdings = Holdings(
         site=folder.name,
         public_size=folder.file.site.public_size,
         policy=reader.policy,
         study=reader.study,
         records=lambda study: load_records(folder, study, key),
-        version=lambda: signature(folder.data_path),
-        split=lambda study: _split_of(folder, study, key),
-        withdrawn=WithdrawnReader(folder, key),
+        version=lambda: signature(data),
+        split=lambda study: _split_of(data, study, key),
+        withdrawn=_while_unchanged(folder.withdrawn_path, WithdrawnReader(folder, key)),
     )
-    ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable)
+    ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable, prompt=prompt)
     try:
         check_certificates(folder.certificates, ledger.account)
     except BaseException:
         ledger.close()
         raise
-    issuer = Issuer(folder.name, signing, folder.certificates)
+    issuer = Issuer(folder.name, signing, folder.certificates, durable)
     return Vault(holdings, ledger, drawn, issuer, padded=durable)
 
 
-def _split_of(folder: SiteFolder, study: Study, key: bytes) -> str:
+def _while_unchanged(path: Path, read: Callable[[], Read]) -> Callable[[], Read]:
+    """`read`, but what it gave last as long as the file at `path` is the same."""
+    known: tuple[Signature, Read] | None = None
+
+    def current() -> Read:
+        nonlocal known
+        now = signature(path)  # looked at first: what changes meanwhile shows the next time
+        if known is None or known[0] != now:
+            known = now, read()
+        return known[1]
+
+    return current
+
+
+def _split_of(data: Path, study: Study, key: bytes) -> str:
     """Keyed digest of what decides who trains and who tests: the secret, or the file with the column."""
     column = study.data.split.column
-    decides = "" if column is None else f"{column} {signature(folder.data_path)}"
+    decides = "" if column is None else f"{column} {signature(data)}"
     return hmac.digest(key, f"split {decides}".encode(), "sha256").hex()
 
 

@@ -3,6 +3,9 @@
 Every request takes the same path: decode → is the ledger the latest? → policy → stored reply? → reserve
 (on disk) → data → commit (on disk) → reply. Whatever goes wrong becomes a refusal that tells nothing about
 patients.
+
+A request is a generator that stops where a model is to be trained or evaluated: so a simulation can do that
+for many sites together. A deployed vault goes the same way by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from client.account import Committed, Head
@@ -23,6 +26,8 @@ from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
 from client.reservation import Reservation
 from client.statistics import patient_sums
+from client.tasks import Evaluation, Task, Working, finished
+from client.tasks import Training as Training
 from client.training import Trainer, refuse_other_parameters
 from client.withdrawal import NOBODY, Withdrawn
 from common.errors import FedwardError, MessageError, PolicyForbids, Refused, RolledBack, SiteError
@@ -33,12 +38,13 @@ from common.messages import (
     JobHeader,
     Reply,
     ReplyHeader,
+    Sealed,
     asked,
     decode,
-    encode,
     released,
+    sealed,
 )
-from common.metrics import EXACT_BINS
+from common.metrics import EXACT_BINS, Packed
 from common.models import study_model
 from common.privacy.certificate import LedgerClaims
 from common.privacy.noise import Randomness, Stream
@@ -113,6 +119,7 @@ class Vault:
         self._records: dict[tuple[str, object], Records] = {}
         self._trainers: dict[tuple[str, object, bytes], Trainer] = {}
         self._models: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._policy: tuple[Policy, str] | None = None
         self._touched = False  # whether this request's work came near a row
         self._now = 0.0  # the latest time that was seen
         self._lock = threading.Lock()
@@ -123,15 +130,23 @@ class Vault:
 
     def answer(self, request: bytes) -> bytes:
         """Answer one request; never raises. Takes a multiple of the study's `reply_seconds`."""
+        return finished(self.working(request))
+
+    def working(self, request: bytes) -> Working:
+        """As `answer`, but whoever drives it trains and evaluates, alone or together with other sites.
+
+        The vault takes no other request until this one has ended. An error that is thrown in becomes a
+        refusal, as if the task had raised it here.
+        """
         with self._lock:  # until the answer leaves: who asks meanwhile must not learn when the work ended
             began = time.monotonic()
-            step, reply = self._guarded(request)
+            step, reply = yield from self._guarded(request)
             if step > 0 and self._padded:
                 late = time.monotonic() - began
                 time.sleep(math.ceil(late / step) * step - late)
         return reply
 
-    def _guarded(self, request: bytes) -> tuple[float, bytes]:
+    def _guarded(self, request: bytes) -> Generator[Task, Arrays, tuple[float, bytes]]:
         """Seconds of which the answer shall take a multiple, and the answer."""
         step = 0.0
         try:
@@ -146,18 +161,18 @@ class Vault:
             approval = policy.approval(job.header.study, now, self._now)
             study = self._holdings.study(job.header.study)
             step = study.privacy.reply_seconds
-            return step, self._answer(job, study, policy, approval)
+            return step, (yield from self._answer(job, study, policy, approval))
         except Refused as error:
             log.info("refused: %s", error.message)
-            return step, encode(refusal(self.site, error))
+            return step, sealed(refusal(self.site, error))
         except FedwardError as error:
             log.error("%s: %s", error.code, error)
-            return step, encode(refusal(self.site, error))
+            return step, sealed(refusal(self.site, error))
         except Exception as error:
             log.error("unforeseen %s", type(error).__name__)
-            return step, encode(refusal(self.site, error))
+            return step, sealed(refusal(self.site, error))
 
-    def _answer(self, job: Job, study: Study, policy: Policy, approval: Approval) -> bytes:
+    def _answer(self, job: Job, study: Study, policy: Policy, approval: Approval) -> Working:
         header, size = job.header, self._holdings.public_size
         self._check(header, study, approval)
         self._check_arrays(job, study)
@@ -168,7 +183,7 @@ class Vault:
         if stored is not None:
             return stored
         work = self._reserved(job, study, plan, policy, approval, request)
-        reply, numbers, certificate = self._outcome(work)
+        reply, numbers, certificate = yield from self._outcome(work)
         self._ledger.commit(work.reservation, reply, numbers, self._holdings.withdrawn().digest)
         if certificate is not None:
             self._issuer.keep(header.session, certificate)
@@ -197,9 +212,12 @@ class Vault:
 
     def _check_arrays(self, job: Job, study: Study) -> None:
         """What the coordinator sent must fit the study, before anything is spent."""
+        if study.digest in job.fitting:
+            return
         statistics = job.header.round == STATISTICS_ROUND
         refuse_other_parameters(job.parameters, {} if statistics else self._shapes(study))
         _scaling(job, study)
+        job.fitting.add(study.digest)
 
     def _reserved(
         self, job: Job, study: Study, plan: StudyPlan, policy: Policy, approval: Approval, request: str
@@ -231,14 +249,14 @@ class Vault:
             delta=delta,
             exact=exact and evaluates,
             protective=self.randomness.protective,
-            policy=policy.digest,
+            policy=self._digest_of(policy),
             withdrawn=self._holdings.withdrawn().digest,
         )
         resumed = self._ledger.has_reserved(reservation)
         head = self._ledger.reserve(reservation, approval, policy)
         return _Work(job, study, plan, reservation, head, evaluates, resumed)
 
-    def _outcome(self, work: _Work) -> tuple[bytes, str, str | None]:
+    def _outcome(self, work: _Work) -> Generator[Task, Arrays, tuple[Sealed, str, str | None]]:
         """The reply, the digest of what it tells, and its certificate; or a refusal that came of the work.
 
         Either is kept: a second run of a paid round would draw fresh noise, and its outcome would be a
@@ -247,11 +265,11 @@ class Vault:
         """
         self._touched = work.resumed
         try:
-            reply = self._work(work)
-            return encode(reply), released(reply.update, reply.metrics), reply.header.certificate
+            reply = yield from self._work(work)
+            return sealed(reply), reply.released, reply.header.certificate
         except Refused as error:
             log.info("refused: %s", error.message)
-            answer = encode(refusal(self.site, error))
+            answer = sealed(refusal(self.site, error))
             return answer, hashlib.sha256(answer).hexdigest() if self._touched else "", None
         except BaseException:
             self._trainers.clear()  # it may hold gradients of the patients it was at
@@ -259,7 +277,7 @@ class Vault:
                 self._ledger.abandon(work.reservation)
             raise
 
-    def _work(self, work: _Work) -> Reply:
+    def _work(self, work: _Work) -> Generator[Task, Arrays, Reply]:
         update: Arrays = {}
         metrics: Arrays = {}
         told = work.reservation
@@ -268,10 +286,9 @@ class Vault:
         else:
             trainer = self._trainer(work)
             if work.tells_metrics:
-                metrics = self._metrics(work, trainer)
+                metrics = yield from self._metrics(work, trainer)
             if told.round <= work.plan.rounds:
-                sampling, noise = self._stream("sampling", told), self._stream("noise", told)
-                update = finite(trainer.train(work.job.parameters, sampling, noise))
+                update = finite((yield self._training(work, trainer)))
         return Reply(
             ReplyHeader(
                 session=told.session,
@@ -291,11 +308,19 @@ class Vault:
             metrics,
         )
 
-    def _metrics(self, work: _Work, trainer: Trainer) -> Arrays:
+    def _training(self, work: _Work, trainer: Trainer) -> Training:
         told = work.reservation
+        return Training(
+            trainer,
+            work.job.parameters,
+            lambda: (self._stream("sampling", told), self._stream("noise", told)),
+        )
+
+    def _metrics(self, work: _Work, trainer: Trainer) -> Generator[Task, Arrays, Arrays]:
+        told, parameters = work.reservation, work.job.parameters
         if told.exact:
-            return trainer.evaluate(work.job.parameters, EXACT_BINS)
-        metrics = trainer.evaluate(work.job.parameters, work.study.evaluation.bins)
+            return (yield Evaluation(trainer, parameters, Packed(EXACT_BINS)))
+        metrics = yield Evaluation(trainer, parameters, work.study.evaluation.bins)
         return noised_histograms(
             metrics, work.plan.histogram_of(told.round), self._stream("evaluation", told)
         )
@@ -330,6 +355,11 @@ class Vault:
         now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head.hash)
         ledger = LedgerClaims(sequence=self._ledger.sequence, head=self._ledger.head)
         return self._issuer.issue(work.study, [*before, now], ledger)
+
+    def _digest_of(self, policy: Policy) -> str:
+        if self._policy is None or self._policy[0] is not policy:
+            self._policy = policy, policy.digest
+        return self._policy[1]
 
     def _shapes(self, study: Study) -> dict[str, tuple[int, ...]]:
         if study.digest not in self._models:

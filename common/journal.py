@@ -14,6 +14,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.files import canonical_json, sync_folder
 from common.keys import PublicKey, SigningKey
 
 GENESIS = "0" * 64
+MOST_WAITING = 256  # entries that are not on disk yet
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,42 @@ class Entry:
 def _linked(sequence: int, at: float, kind: str, body: dict[str, Any], previous: str) -> Entry:
     content = {"sequence": sequence, "time": at, "kind": kind, "body": body, "previous": previous}
     return Entry(sequence, at, kind, body, previous, hashlib.sha256(canonical_json(content)).hexdigest())
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An entry that is to be signed: what `_linked` gives.
+
+    Attributes:
+        start, end: of its line (see `Entry.line`), before the signature and after it.
+    """
+
+    entry: Entry
+    start: bytes
+    end: bytes
+
+    def signed(self, key: SigningKey | None) -> tuple[Entry, bytes]:
+        """The entry and its line."""
+        if key is None:
+            return self.entry, self.start + self.end
+        signature = key.sign(bytes.fromhex(self.entry.hash)).hex()
+        return replace(self.entry, signature=signature), self.start + signature.encode() + self.end
+
+
+def _draft(sequence: int, at: float, kind: str, body: dict[str, Any], previous: str) -> _Draft:
+    """As `_linked`, but the body is put into JSON only once for hash and line."""
+    text, quoted = canonical_json(body), _quoted(kind)
+    place = b'"previous":"%b","sequence":%d,' % (previous.encode(), sequence)
+    moment = repr(at).encode()  # as json writes it
+    content = b'{"body":%b,"kind":%b,%b"time":%b}' % (text, quoted, place, moment)
+    entry = Entry(sequence, at, kind, body, previous, hashlib.sha256(content).hexdigest())
+    start = b'{"body":%b,"hash":"%b","kind":%b,%b"signature":"' % (text, entry.hash.encode(), quoted, place)
+    return _Draft(entry, start, b'","time":%b}\n' % moment)
+
+
+@lru_cache(maxsize=16)
+def _quoted(kind: str) -> bytes:
+    return canonical_json(kind)
 
 
 def read_journal(path: Path, key: PublicKey | None = None) -> list[Entry]:
@@ -108,13 +146,19 @@ class Journal:
         path: created with mode 0600 if absent; its folder must exist.
         durable: fsync each entry. Simulations, whose budgets are nobody's, do without.
         key: signs each entry, and must have signed those that are there.
+        prompt: sign and write each entry at once. Simulations may leave them to the journal's end, or until
+            they are many: a crash then loses them.
 
     Raises:
         LedgerError: if another process holds it, its chain is broken, or it can't be read.
     """
 
-    def __init__(self, path: Path, *, durable: bool = True, key: SigningKey | None = None) -> None:
+    def __init__(
+        self, path: Path, *, durable: bool = True, key: SigningKey | None = None, prompt: bool = True
+    ) -> None:
         self.path = path
+        self._prompt = durable or prompt
+        self._waiting: list[_Draft] = []
         self._durable = durable
         self._key = key
         try:
@@ -159,7 +203,7 @@ class Journal:
         return self.entries[-1].hash if self.entries else GENESIS
 
     def append(self, kind: str, body: dict[str, Any]) -> Entry:
-        """Write one entry; it is on disk when this returns.
+        """Write one entry; it is on disk when this returns, unless it may wait.
 
         Raises:
             LedgerError: if it can't be written whole. The file is then as before; if not even that can
@@ -167,13 +211,22 @@ class Journal:
         """
         if self._descriptor < 0:
             raise LedgerError(f"{self.path}: closed", remedy="start the vault again")
-        entry = _linked(len(self.entries) + 1, time.time(), kind, body, self.head)
-        if self._key is not None:
-            entry = replace(entry, signature=self._key.sign(bytes.fromhex(entry.hash)).hex())
-        line = entry.line()
+        draft = _draft(len(self.entries) + 1, time.time(), kind, body, self.head)
+        if self._prompt:
+            entry, line = draft.signed(self._key)
+            self._write(line)
+        else:
+            entry = draft.entry
+            self._waiting.append(draft)
+        self.entries.append(entry)
+        if len(self._waiting) >= MOST_WAITING:
+            self._write_waiting()
+        return entry
+
+    def _write(self, content: bytes) -> None:
         before = os.fstat(self._descriptor).st_size
         try:
-            if os.write(self._descriptor, line) != len(line):
+            if os.write(self._descriptor, content) != len(content):
                 raise OSError(28, "No space left on device")
             if self._durable:
                 os.fsync(self._descriptor)
@@ -184,8 +237,16 @@ class Journal:
             raise LedgerError(
                 f"{self.path}: cannot be written ({error.strerror})", remedy="free space on that disk"
             ) from None
-        self.entries.append(entry)
-        return entry
+
+    def _write_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        signed = [draft.signed(self._key) for draft in waiting]
+        try:
+            self._write(b"".join(line for _, line in signed))
+        except BaseException:
+            self.close()  # what came next would chain to what is not there
+            raise
+        self.entries[len(self.entries) - len(signed) :] = [entry for entry, _ in signed]
 
     def _restore(self, size: int) -> None:
         """Cut off an entry that nobody was told of: the next one would not chain to it."""
@@ -195,7 +256,15 @@ class Journal:
             self.close()
 
     def close(self) -> None:
-        """Let the file go; a second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Let the file go; a second call does nothing.
+
+        Raises:
+            LedgerError: if what waits can't be written.
+        """
+        try:
+            if self._descriptor >= 0 and self._waiting:
+                self._write_waiting()
+        finally:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,6 +31,7 @@ HEADER = "fedward"
 MAX_HEADER_BYTES = 8 << 20
 MAX_CERTIFICATE_CHARACTERS = 4 << 20
 DTYPES = frozenset({"float32", "float64", "int64"})
+_NAMES = {np.dtype(np.int64): "I64", np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-z][0-9a-z-]{0,63}$")]
@@ -94,14 +98,25 @@ class RefusalHeader(Strict):
 
 @dataclass(frozen=True)
 class Job:
-    """Attributes:
-    parameters: the global model, name → array; empty if statistics are asked for.
-    scaling: `mean` and `deviation` of the numeric sources, where the study scales by moments.
+    """Nobody changes the arrays: in a simulation all sites are handed the same ones.
+
+    Attributes:
+        parameters: the global model, name → array; empty if statistics are asked for.
+        scaling: `mean` and `deviation` of the numeric sources, where the study scales by moments.
+        fitting: digests of the studies whose model and scaling these arrays were found to fit.
     """
 
     header: JobHeader
     parameters: Arrays
     scaling: Arrays = field(default_factory=dict)
+    fitting: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    @cached_property
+    def asked(self) -> str:
+        """See `asked`."""
+        header = self.header.model_dump(mode="json", exclude={"anchors"})
+        arrays = _prefixed("parameters", self.parameters) | _prefixed("scaling", self.scaling)
+        return _digest(canonical_json(header), arrays)
 
 
 @dataclass(frozen=True)
@@ -115,10 +130,35 @@ class Reply:
     update: Arrays
     metrics: Arrays
 
+    @cached_property
+    def released(self) -> str:
+        """See `released`."""
+        return released(self.update, self.metrics)
+
 
 @dataclass(frozen=True)
 class Refusal:
     header: RefusalHeader
+
+
+class Sealed(bytes):
+    """A message's bytes, beside the message that they were made from.
+
+    Where both ends are in one process the message is handed over as it is; on any longer way the bytes are
+    what travels, and what arrives is plain bytes.
+    """
+
+    message: Job | Reply | Refusal
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(self),)
+
+
+def sealed(message: Job | Reply | Refusal) -> Sealed:
+    """A message as bytes that know it; see `encode`."""
+    content = Sealed(encode(message))
+    content.message = message
+    return content
 
 
 _HEADER: TypeAdapter[JobHeader | ReplyHeader | RefusalHeader] = TypeAdapter(
@@ -133,7 +173,7 @@ def encode(message: Job | Reply | Refusal) -> bytes:
         arrays = _prefixed("parameters", message.parameters) | _prefixed("scaling", message.scaling)
     elif isinstance(message, Reply):
         arrays = _prefixed("update", message.update) | _prefixed("metrics", message.metrics)
-    return save(arrays, metadata={HEADER: message.header.model_dump_json()})
+    return as_safetensors(arrays, message.header.model_dump_json())
 
 
 def decode(content: bytes) -> Job | Reply | Refusal:
@@ -142,6 +182,8 @@ def decode(content: bytes) -> Job | Reply | Refusal:
     Raises:
         MessageError: if it isn't a well-formed one; the text quotes nothing of its content.
     """
+    if isinstance(content, Sealed):
+        return content.message
     header, arrays = _parts(content)
     if isinstance(header, JobHeader):
         groups = {"parameters", "scaling"}
@@ -156,9 +198,7 @@ def decode(content: bytes) -> Job | Reply | Refusal:
 
 def asked(job: Job) -> str:
     """SHA-256 of what a job asks for: all of it but its anchors, which say nothing about the work."""
-    header = job.header.model_dump(mode="json", exclude={"anchors"})
-    arrays = _prefixed("parameters", job.parameters) | _prefixed("scaling", job.scaling)
-    return _digest(canonical_json(header), arrays)
+    return job.asked
 
 
 def released(update: Arrays, metrics: Arrays) -> str:
@@ -170,11 +210,24 @@ def _digest(what: bytes, arrays: Arrays) -> str:
     """Each array counts with its name, type, shape and bytes (little-endian, C order)."""
     digest = hashlib.sha256(what)
     for name in sorted(arrays):
-        array = np.asarray(arrays[name], order="C")
-        head = canonical_json([name, str(array.dtype), list(array.shape)])
-        digest.update(len(head).to_bytes(8, "little") + head)
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        array = arrays[name]
+        digest.update(_array_head(name, array.dtype, array.shape))
+        digest.update(_little_endian(array).data)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _array_head(name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    head = canonical_json([name, str(kind), list(shape)])
+    return len(head).to_bytes(8, "little") + head
+
+
+def _little_endian(array: Array) -> Array:
+    """In C order."""
+    array = np.asarray(array, order="C")
+    if sys.byteorder == "little" and array.dtype.isnative:
+        return array
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dict[str, Array]]:
@@ -195,6 +248,40 @@ def _parts(content: bytes) -> tuple[JobHeader | ReplyHeader | RefusalHeader, dic
     if odd:
         raise MessageError(f"a message with arrays of type {', '.join(odd)}", remedy=remedy)
     return header, arrays
+
+
+def as_safetensors(arrays: Arrays, header: str | None = None) -> bytes:
+    """What that library's `save` writes, which takes its time for arrays as small as most are.
+
+    Args:
+        header: goes into the metadata; None leaves them out.
+    """
+    if not all(array.dtype in _NAMES for array in arrays.values()):
+        return save(dict(arrays), metadata=None if header is None else {HEADER: header})
+    little = {name: _little_endian(array) for name, array in arrays.items()}
+    order, index = _layout(tuple((name, a.dtype, a.shape) for name, a in little.items()))
+    if header is None:
+        text = b"{%b}" % index[1:]
+    else:
+        told = json.dumps({HEADER: header}, separators=(",", ":"), ensure_ascii=False).encode()
+        text = b'{"__metadata__":%b%b}' % (told, index)
+    text += b" " * (-len(text) % 8)
+    parts = [little[name].data for name in order]
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+@lru_cache(maxsize=256)
+def _layout(forms: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> tuple[list[str], bytes]:
+    """Arrays in the order in which they lie in a message, and their part of its index."""
+    ordered = sorted(forms, key=lambda form: (list(_NAMES).index(form[1]), form[0].encode()))
+    index, start = b"", 0
+    for name, kind, shape in ordered:
+        end = start + kind.itemsize * math.prod(shape)
+        told = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [start, end]}
+        named = json.dumps(name, ensure_ascii=False).encode()
+        index += b",%b:%b" % (named, json.dumps(told, separators=(",", ":")).encode())
+        start = end
+    return [name for name, _, _ in ordered], index
 
 
 def _named(kind: str, place: tuple[int | str, ...]) -> str:

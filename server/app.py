@@ -45,7 +45,11 @@ class FlowerPort:
 
     def exchange(self, requests: Mapping[int, bytes], deadline: float) -> Iterator[Delivery]:
         waiting = {}
-        messages = [self._message(node, content, deadline) for node, content in requests.items()]
+        records = {id(content): _record(content) for content in requests.values()}
+        messages = [
+            self._grid.create_message(records[id(c)], "train", node, group_id="", ttl=deadline + 60)
+            for node, c in requests.items()
+        ]
         for message_id, message in zip(self._grid.push_messages(messages), messages, strict=True):
             if message_id:
                 waiting[message_id] = message.metadata.dst_node_id
@@ -64,12 +68,6 @@ class FlowerPort:
         for node in waiting.values():
             yield Delivery(node, None, f"no answer within {deadline:.0f} s")
 
-    def _message(self, node: int, content: bytes, deadline: float) -> Message:
-        record = ArrayRecord({FIELD: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
-        return self._grid.create_message(
-            RecordDict({RECORD: record}), "train", node, group_id="", ttl=deadline + 60
-        )
-
     def _delivery(self, node: int, reply: Message) -> Delivery:
         if reply.has_error():
             return Delivery(node, None, f"Flower error {reply.error.code}: {reply.error.reason}"[:300])
@@ -77,3 +75,9 @@ class FlowerPort:
             return Delivery(node, reply.content[RECORD][FIELD].data)
         except (KeyError, AttributeError, TypeError):
             return Delivery(node, None, "an answer that is not fedward's")
+
+
+def _record(content: bytes) -> RecordDict:
+    record = ArrayRecord()  # given to its constructor, Flower would copy the array
+    record[FIELD] = Array("uint8", (len(content),), STYPE, content)
+    return RecordDict({RECORD: record})

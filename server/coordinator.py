@@ -15,8 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from common.cells import dense
 from common.errors import MessageError, StudyFailed
-from common.messages import STATISTICS_ROUND, Arrays, Job, JobHeader, Refusal, Reply, encode, released
+from common.messages import STATISTICS_ROUND, Arrays, Job, JobHeader, Refusal, Reply, sealed
 from common.metrics import merged
 from common.privacy.mechanism import EVENT
 from common.statistics import moments, sensitivity
@@ -66,7 +67,8 @@ def run_session(store: Store, session_id: str, port: Port, initial: InitialParam
     session = store.session(session_id)
     store.mark(session.id, RUNNING)
     try:
-        _Rounds(store, session, port, algorithm_of(session.study.algorithm)).run(initial)
+        with store.held():
+            _Rounds(store, session, port, algorithm_of(session.study.algorithm)).run(initial)
     except StudyFailed as error:
         store.mark(session.id, FAILED, error.message)
         raise
@@ -147,7 +149,7 @@ class _Rounds:
     def _ask(self, job: Job) -> tuple[list[Reply], tuple[SiteAnswer, ...]]:
         # One message for all: each site finds its own anchor in it.
         anchored = job.header.model_copy(update={"anchors": self._store.heads()})
-        content = encode(Job(anchored, job.parameters, job.scaling))
+        content = sealed(Job(anchored, job.parameters, job.scaling))
         answers: list[SiteAnswer] = []
         for attempt in range(self._settings.attempts):
             if attempt:
@@ -203,7 +205,7 @@ class _Rounds:
             evaluation=told.evaluation.model_dump(mode="json") if told.evaluation else None,
             statistics=told.statistics.model_dump(mode="json") if told.statistics else None,
             exact=told.exact,
-            released=released(message.update, message.metrics),
+            released=message.released,
             head=told.head,
             sequence=told.sequence,
         )
@@ -251,5 +253,5 @@ def joined(groups: Mapping[str, Arrays]) -> Arrays:
 
 
 def part(arrays: Arrays, prefix: str) -> Arrays:
-    """One group of `joined` arrays."""
-    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    """One group of `joined` arrays; packed sums are whole again."""
+    return dense({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})

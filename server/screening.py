@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from common.cells import sound
 from common.errors import MessageError
 from common.messages import STATISTICS_ROUND, Arrays, Job, Refusal, Reply, decode
 from common.metrics import EXACT_BINS, histogram_shapes
@@ -44,12 +47,16 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
     shapes = histogram_shapes(study, EXACT_BINS if exact else study.evaluation.bins) if evaluates else {}
     if statistics:
         shapes = layout(study)
-    if {n: (a.shape, a.dtype) for n, a in message.metrics.items()} != {
-        n: (s, np.dtype(np.float64)) for n, s in shapes.items()
-    }:
+    if not (sound(message.metrics, shapes) if exact and evaluates else _whole(message.metrics, shapes)):
         raise MessageError("metrics of an unexpected shape or type", remedy="update the site's software")
     _finite(message.metrics, "metrics")
     return message
+
+
+def _whole(found: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return {n: (a.shape, a.dtype) for n, a in found.items()} == {
+        n: (s, np.dtype(np.float64)) for n, s in shapes.items()
+    }
 
 
 def _same_arrays(found: Arrays, expected: Arrays, what: str) -> None:

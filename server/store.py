@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from common.errors import StudyFailed
 from common.files import write_atomic
-from common.messages import Arrays
+from common.messages import Arrays, as_safetensors
 from common.study import Study, parse_study
 
 SCHEMA = """
@@ -125,17 +126,38 @@ class Store:
     def __init__(self, root: Path, *, durable: bool = True) -> None:
         self.root = root
         self._durable = durable
+        self._held: tuple[int, sqlite3.Connection] | None = None
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._database() as database:
             database.executescript(SCHEMA)
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context, this thread keeps one connection to the database instead of many."""
+        with self._connected() as connection:
+            self._held = threading.get_ident(), connection
+            try:
+                yield
+            finally:
+                self._held = None
+
+    @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
+        held = self._held
+        if held is not None and held[0] == threading.get_ident():
+            with held[1]:
+                yield held[1]
+            return
+        with self._connected() as connection, connection:
+            yield connection
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self.root / "store.db", timeout=30)) as connection:
             if not self._durable:
                 connection.execute("PRAGMA synchronous=OFF")
-            with connection:
-                yield connection
+                connection.execute("PRAGMA journal_mode=MEMORY")
+            yield connection
 
     def create(self, session: str, study: Study, settings: Settings) -> None:
         """Write down a new session.
@@ -191,13 +213,13 @@ class Store:
     def record(self, session: str, number: int, arrays: Arrays, answers: tuple[SiteAnswer, ...]) -> None:
         """Keep a round: checkpoint first, then the row that makes it count."""
         path = self.checkpoint_path(session, number)
-        content = save(dict(arrays))
+        content = as_safetensors(arrays)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._durable:
             write_atomic(path, content)
         else:
             path.write_bytes(content)
-        told = json.dumps([asdict(answer) for answer in answers])
+        told = json.dumps([vars(answer) for answer in answers])
         with self._database() as database:
             database.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", (session, number, path.name, told, time.time())
@@ -244,7 +266,10 @@ class Store:
         """Keep what a site certifies of a session; a later one replaces it."""
         path = self._certificates(session) / f"{site}.jws"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(path, token.encode(), mode=0o644)
+        if self._durable:
+            write_atomic(path, token.encode(), mode=0o644)
+        else:
+            path.write_bytes(token.encode())
 
     def certificates(self, session: str) -> dict[str, str]:
         """Site → its certificate of a session (JWS, unchecked)."""

@@ -13,18 +13,12 @@ import typer
 
 from common.console import JsonOption, speaking
 from common.errors import FedwardError, StudyError
-from common.explain import explain, explain_cost
 from common.files import parse_config, validated, write_atomic
-from common.models import parameter_count
 from common.study import Study, load_study
-from server.display import RoundsProgress, show
 from simulations.benchmarks.cli import benchmark
-from simulations.datasets import datasets as known_datasets
-from simulations.datasets import fetch as fetch_files
-from simulations.datasets import prepare as prepare_sites
 from simulations.studies import ready_studies, ready_study
 
-# What trains is imported by the commands that do: it takes seconds.
+# What trains, reads tables or counts privacy is imported by the commands that do: it takes seconds.
 
 app = typer.Typer(
     help="A researcher's side: data sets, studies, and many sites on one machine.",
@@ -116,6 +110,9 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Validate a study and explain it: what is learnt, from what, at what privacy and cost."""
+    from common.explain import explain, explain_cost
+    from common.models import parameter_count
+
     with speaking(json) as speaker:
         checked = find_study(study, changed or [])
         lines = explain(checked, parameter_count(checked)).lines
@@ -176,6 +173,7 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Run a study over a folder of sites and show what came of it."""
+    from server.display import RoundsProgress, show
     from simulations.engine import SimulationSettings, simulate
     from simulations.runs import keep, new_run_folder, summary
 
@@ -266,6 +264,8 @@ def reproduce(
 @data_sets.command(name="list")
 def list_datasets(json: JsonOption = False) -> None:
     """List the public data sets."""
+    from simulations.datasets import datasets as known_datasets
+
     with speaking(json) as speaker:
         rows = [[d.name, d.title, d.licence] for d in known_datasets()]
         speaker.table("Data sets", ["name", "title", "licence"], rows)
@@ -281,6 +281,9 @@ def fetch(
     json: JsonOption = False,
 ) -> None:
     """Fetch a data set (URL and SHA-256 of every file; resumes), and prepare its hospitals."""
+    from simulations.datasets import fetch as fetch_files
+    from simulations.datasets import prepare as prepare_sites
+
     with speaking(json) as speaker:
         files = fetch_files(name, raw, mirror)
         folders = prepare_sites(name, files, to / name)

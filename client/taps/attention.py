@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from client.rowwise import VECTOR
 from client.taps.layers import Forward, Slots, project
 from client.taps.parts import Slot
 from client.taps.tape import Tape
@@ -50,20 +51,35 @@ def attention(name: str, layer: nn.MultiheadAttention, slots: Slots, tape: Tape)
         q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
         mask = _mask(attn_mask, key_padding_mask, layer.num_heads, q)
         dropout = layer.dropout if layer.training else 0.0
-        shares = None
-        if need_weights:
-            scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-            shares = functional.dropout((scores if mask is None else scores + mask).softmax(dim=3), dropout)
-            mixed = shares @ v
-            shares = shares.mean(dim=1) if average_attn_weights else shares
-        else:
-            mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+        mixed, shares = _mixed(q, k, v, mask, dropout)
         bias = None if last.bias is None else last.bias.detach()
         ours, theirs = (last.weight.detach(), last_slots[0]), (bias, last_slots[1])
         output = project(tape, name, mixed.transpose(1, 2).flatten(2), ours, theirs)
-        return (output if layer.batch_first else output.transpose(0, 1)), shares
+        if need_weights:
+            shares = shares.mean(dim=1) if average_attn_weights else shares
+        return (output if layer.batch_first else output.transpose(0, 1)), shares if need_weights else None
 
     return forward
+
+
+def _mixed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values as each query mixes them, and its shares of them [records, heads, queries, keys].
+
+    Widths and keys are filled up to the processor's vectors (client/rowwise): a record's matrices then lie
+    alike in memory whichever record of the batch it is.
+    """
+    width, keys = q.shape[3], k.shape[2]
+    wider, longer = -width % VECTOR, -keys % VECTOR
+    if wider or longer:
+        q = functional.pad(q, (0, wider))
+        k, v = (functional.pad(x, (0, wider, 0, longer)) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) / math.sqrt(width))[..., :keys]
+    scores = scores if mask is None else scores + mask
+    shares = functional.dropout(scores.softmax(dim=3), dropout)
+    mixed = functional.pad(shares, (0, longer)) @ v
+    return mixed[..., :width], shares
 
 
 def _mask(

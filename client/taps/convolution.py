@@ -12,15 +12,17 @@ from torch.nn import functional
 from client.taps.groups import Groups
 from client.taps.parts import (
     Factors,
-    Held,
     Norms,
-    Rows,
     Slot,
     Vectors,
-    gram_is_cheaper,
+    Where,
+    add_weighted,
+    chunks,
+    record_lengths,
     row_squares,
     silenced,
 )
+from client.taps.rows import gram_is_cheaper
 
 _BLOCK = 1 << 24  # bytes of per-record gradients at a time: what the allocator keeps
 
@@ -34,6 +36,32 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    def flat(self) -> Geometry:
+        """Of one dimension, as two of which the first has one place."""
+        return Geometry(
+            (1, *self.kernel), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
+
+    def patches(self, pixels: torch.Tensor, outputs: Sequence[int]) -> torch.Tensor:
+        """Products of patches [n, positions, positions] of those of pixels [n, pixels, records, high, wide]:
+        the ones under each place of the kernel, added up. Two dimensions, padded already.
+
+        Args:
+            outputs: positions down and to the right.
+        """
+        records, high, wide = pixels.shape[2:]
+        pixels = pixels.view(-1, records, high, wide, records, high, wide)
+        result = pixels.new_zeros(len(pixels), records, *outputs, records, *outputs)
+        down, right = (
+            [slice(i * d, i * d + s * (n - 1) + 1, s) for i in range(k)]
+            for k, d, s, n in zip(self.kernel, self.dilation, self.stride, outputs, strict=True)
+        )
+        for rows in down:
+            for columns in right:
+                result += pixels[:, :, rows, columns, :, rows, columns]
+        positions = records * math.prod(outputs)
+        return result.view(-1, positions, positions)
 
     def weight_gradient(self, x: torch.Tensor, g: torch.Tensor, groups: int, like: torch.Tensor
                         ) -> torch.Tensor:  # fmt: skip
@@ -65,7 +93,7 @@ class Convolution:
 
     def __init__(self, weight: Slot, geometry: Geometry, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         self.weight, self._geometry, self.x, self.g = weight, geometry, inputs, outputs
-        self._held: Held | None = None
+        self._held: list[tuple[slice, torch.Tensor]] = []  # of some patients each
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -75,15 +103,24 @@ class Convolution:
     def taps(self) -> Sequence[torch.Tensor]:
         return (self.x, self.g)
 
+    def take(self, rows: Where) -> None:
+        self.x, self.g = self.x[rows], self.g[rows]
+
+    def lengths(self, groups: Groups) -> torch.Tensor:
+        # Cauchy–Schwarz over the positions; each number of x is in as many patches as the kernel has places
+        found = record_lengths(self.x) * record_lengths(self.g) * math.prod(self._geometry.kernel) ** 0.5
+        return groups.sum(found[:, None])[:, 0]
+
     def norms(self, groups: Groups, norms: Norms) -> None:
         if self._gram_is_cheaper(groups, norms):
-            rows = Rows(self.weight, (), self._unfolded(), self.g.flatten(2).transpose(1, 2))
-            rows.gram_norms(groups, norms)
-        elif norms.hold(groups.patients * self.weight.size, self.x.element_size()):
-            self._held = Held(self.weight, self._gradients(groups))
-            self._held.norms(groups, norms)
-        else:
-            self._norms_by_blocks(groups, norms)
+            self._gram_norms(groups, norms)
+            return
+        held = norms.hold(groups.patients * self.weight.size, self.x.element_size())
+        for block in groups.blocks(self._blocks()):
+            found = self._block(block.records, block.groups)
+            norms.squares[block.patients] += row_squares(found)
+            if held:
+                self._held.append((block.patients, found))
 
     def _gram_is_cheaper(self, groups: Groups, norms: Norms) -> bool:
         """As in `Rows`; a position of the output is a row."""
@@ -94,26 +131,30 @@ class Convolution:
         widths = (self.weight.size // outputs, outputs)
         return gram_is_cheaper(math.prod(self.g.shape[2:]), widths, groups, holdable)
 
-    def _unfolded(self) -> torch.Tensor:
-        """[records, positions, inputs · kernel]."""
-        x, how = self.x, self._geometry
-        kernel, dilation, padding, stride = how.kernel, how.dilation, how.padding, how.stride
+    def _gram_norms(self, groups: Groups, norms: Norms) -> None:
+        """Σ over pairs of positions of patches' and output gradients' products, in float64, because they may
+        cancel."""
+        x, g, how = self.x, self.g, self._geometry
         if x.dim() == 3:
-            x = x[:, :, None]
-            kernel, dilation, padding, stride = (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
-        return functional.unfold(x, kernel, dilation, padding, stride).transpose(1, 2)
+            x, g, how = x[:, :, None], g[:, :, None], how.flat()
+        x = functional.pad(x, (how.padding[1], how.padding[1], how.padding[0], how.padding[0]))
+        pixels, positions = math.prod(x.shape[2:]), math.prod(g.shape[2:])
+        by_pixels = pixels**2 < positions**2 * math.prod(how.kernel)
+        if not by_pixels:
+            x = functional.unfold(x, how.kernel, how.dilation, 0, how.stride)
+        for layout in groups.layouts():
+            inputs = _products(layout.columns(x.flatten(2), padded=False))
+            if by_pixels:
+                inputs = how.patches(inputs.unflatten(2, (-1, *x.shape[2:])), g.shape[2:])
+            found = (inputs * _products(layout.columns(g.flatten(2)))).sum(dim=(1, 2)).clamp_(min=0.0)
+            norms.squares[slice(None) if layout.patients is None else layout.patients] += found
 
     def _blocks(self) -> int:
         return max(1, _BLOCK // (self.weight.size * self.x.element_size()))
 
     def _gradients(self, groups: Groups) -> torch.Tensor:
-        size = self._blocks()
-        if groups.one_record_each and groups.records <= size:
-            return self._geometry.per_record(self.x, self.g)
-        result = self.x.new_empty(groups.patients, self.weight.size)
-        for block in groups.blocks(size):
-            result[block.patients] = self._block(block.records, block.groups)
-        return result
+        blocks = groups.blocks(self._blocks())
+        return torch.cat([self._block(block.records, block.groups) for block in blocks])
 
     def _block(self, records: slice, groups: Groups) -> torch.Tensor:
         x, g = self.x[records], self.g[records]
@@ -122,22 +163,16 @@ class Convolution:
             return self._geometry.weight_gradient(x, g, self._geometry.groups, like).view(1, -1)
         return groups.sum(self._geometry.per_record(x, g))
 
-    def _norms_by_blocks(self, groups: Groups, norms: Norms) -> None:
-        size = self._blocks()
-        for block in groups.blocks(size):
-            found = self._block(block.records, block.groups)
-            norms.squares[block.patients] += row_squares(found)
-        # |patch|² summed over positions is at most |x|² times the kernel's size
-        bound = (row_squares(self.x) * row_squares(self.g) * math.prod(self._geometry.kernel)).sqrt()
-        norms.doubts(groups.sum(bound[:, None])[:, 0])
-
     def write(self, factors: Factors, flat: torch.Tensor) -> None:
-        if self._held is not None:
-            self._held.write(factors, flat)
+        if self._held:
+            for patients, values in self._held:
+                add_weighted(values, factors.patients[patients], self.weight.flat(flat))
             return
         g = self.g * factors.records.view(-1, *[1] * (self.g.dim() - 1))
         target = self.weight.of(flat)
-        target.copy_(self._geometry.weight_gradient(self.x, g, self._geometry.groups, target))
+        like = g.new_empty(1).expand(target.shape)
+        for some in chunks(len(g)):
+            target += self._geometry.weight_gradient(self.x[some], g[some], self._geometry.groups, like)
 
     def gradients(self, groups: Groups) -> list[tuple[Slot, torch.Tensor]]:
         return [(self.weight, self._gradients(groups))]
@@ -145,8 +180,13 @@ class Convolution:
     def silence(self, bad: torch.Tensor, groups: Groups) -> None:
         records = groups.spread(bad)
         self.x, self.g = silenced(self.x, records), silenced(self.g, records)
-        if self._held is not None:
-            self._held.silence(bad, groups)
+        self._held = [(who, silenced(values, bad[who])) for who, values in self._held]
+
+
+def _products(columns: torch.Tensor) -> torch.Tensor:
+    """Of all pairs of columns [n, columns, columns], of [n, width, columns]; float64."""
+    doubled = columns.double()
+    return torch.bmm(doubled.transpose(1, 2), doubled)
 
 
 def bias_part(slot: Slot, outputs: torch.Tensor) -> Vectors:

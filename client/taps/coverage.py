@@ -64,6 +64,13 @@ def covers(network: nn.Module) -> str | None:
     return None
 
 
+def maker(layer: nn.Module) -> Maker | None:
+    """How to tap a layer that is handled, frozen or not: else what it computes may depend on others."""
+    handled = HANDLED.get(type(layer))
+    own = dict(layer.named_parameters(recurse=False))
+    return None if handled is None or _reason(layer, own) is not None else handled[0]
+
+
 def _per_record(layer: _NormBase) -> bool:
     return isinstance(layer, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
 

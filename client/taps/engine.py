@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from client.taps.coverage import HANDLED, covers
-from client.taps.groups import Groups
-from client.taps.layers import present
+from client.blocks import filled
+from client.rowwise import CLIPPING_MARGIN
+from client.taps.company import Company, Seats, Taps, multiple_of
+from client.taps.coverage import covers, maker
+from client.taps.groups import Block, Groups
 from client.taps.losses import output_gradients
-from client.taps.parts import Factors, Held, Norms, Part, Rows, Slot
+from client.taps.parts import Factors, Held, Norms, Part, Slot, chunks
 from client.taps.tape import Tape
 from common.errors import StudyError
-from common.objectives import record_losses
 from common.study import Objective
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from client.dpsgd import Batch
 
 MEMORY = 1 << 30  # bytes
-MAX_RECORDS = 4096  # summed in float32 at a time; pieces add up in float64, so that rounding stays small
-_ROUNDING = 2.0**-22  # of what `Norms.doubt` bounds
+MAX_RECORDS = 4096  # in one pass through the network
+CANCELLING = 2.0**7  # so many times as long as what they sum up to may a patient's rows be
 
 
 class TappedGradients:
@@ -36,6 +36,7 @@ class TappedGradients:
     Args:
         network: its own forward functions are back whenever no sum is being taken; what is frozen, and which
             layers there are, must stay as they are now.
+        expected: public number of records in a step; nothing depends on it here.
         memory: bytes that a step's activations, their gradients and held gradients may take up, as far as
             one record allows.
 
@@ -43,7 +44,9 @@ class TappedGradients:
         StudyError: if a layer isn't covered.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, *, memory: int = MEMORY) -> None:
+    def __init__(
+        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = MEMORY
+    ) -> None:
         reason = covers(network)
         if reason is not None:
             raise StudyError(f"no taps: {reason}", remedy="take per-sample gradients instead")
@@ -56,17 +59,15 @@ class TappedGradients:
             offset += parameter.numel()
         self.size = offset
         self._forwards = list(self._tapped())
-        self._record_bytes: dict[tuple[int, ...], int] = {}
-        layer = network[0] if type(network) is nn.Sequential and len(network) == 1 else network
-        self._only = layer if type(layer) is nn.Linear else None
+        self._companies: dict[tuple[object, ...], Company] = {}
 
     def _tapped(self) -> Iterator[tuple[dict[str, Any], Any]]:
         """Each tapped layer's attributes, and its forward function for a sum."""
         for name, layer in self.network.named_modules():
-            handled = HANDLED.get(type(layer))
-            if handled is not None and any(id(p) in self._slots for p in layer.parameters()):
+            make = maker(layer)
+            if make is not None:
                 called = f"{name or 'network'} ({type(layer).__name__})"
-                yield layer.__dict__, handled[0](called, layer, self._slot, self._tape)
+                yield layer.__dict__, make(called, layer, self._slot, self._tape)
 
     def _slot(self, parameter: torch.Tensor | None) -> Slot | None:
         return None if parameter is None else self._slots.get(id(parameter))
@@ -86,11 +87,28 @@ class TappedGradients:
             self._tape.parts = []
 
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
-        """Σ over patients of min(1, C / ‖g‖) g, [parameters] in the network's type, ‖g‖ over all of them.
+        """Σ over patients of f g, float64 [parameters], with |g| over all of them, C' = C (1 - 2^-8), and
+        f = min(1, C' / |g|, 2^7 C' / D), where D² = Σ over layers of (Σ over the patient's rows of
+        |input| |output gradient|)².
 
-        ‖g‖ is taken a little longer where a patient's rows cancel and rounding could hide it: by at most
-        2^-22 Σ over layers and rows of |input| |output gradient|. A patient whose g or ‖g‖ overflows counts
-        as zero: NaN would drown the noise and tell everyone that such a patient is here.
+        A patient whose g, |g| or D overflows counts as zero: NaN would drown the noise and tell everyone
+        that such a patient is here.
+
+        What the network computes for a record is the same bit for bit whoever else takes part (`company`);
+        later steps round, and how may depend on others. A product over n rows is off by at most
+        n 2^-24 Σ |input| |output gradient| (Higham 2002, "Accuracy and stability of numerical algorithms",
+        section 3.1), hence by at most n 2^-17 C' for each patient thanks to the last term of f: without it
+        a patient's rows that cancel could be all rounding. Networks as they are trained have D / |g| of 1 to
+        15, and aren't touched.
+
+        What C' leaves of C is for this. Sums go on in float64 after 128 records, 1024 rows, or the positions
+        of 128 images. Where every patient is one row to each layer (D = |g|), b patients' sum is off by at
+        most 128 b 2^-24 C', with one patient less likewise: the margin covers both up to b = 256. With R
+        rows at a time the worst case is 2 R 2^-24 Σ f D over the patients, above the margin for many rows
+        that cancel much, but it needs all roundings to conspire. As they fall (Higham & Mary 2019, "A new
+        approach to probabilistic rounding error analysis") one patient among 64, each with all the
+        cancelling that f allows, moves what the others add by at most 3e-4 C', a tenth of the margin
+        (tests/client/test_taps_limits).
 
         Args:
             batch: a patient's records together; each patient has one at least.
@@ -101,68 +119,115 @@ class TappedGradients:
                 place, or if a weight is used outside of its layer.
         """
         like = self.parameters[0] if self.parameters else torch.empty(0)
+        total = like.new_zeros(self.size, dtype=torch.float64, requires_grad=False)
         if not batch.patients or not self.parameters:
-            return like.new_zeros(self.size, requires_grad=False)
+            return total
         groups = Groups(batch.patient.to(like.device), batch.patients)
+        seats = self._seats(patients.features, patients.labels, groups.records)
+        blocks = list(groups.blocks(seats.most))
+        for block in blocks:
+            seats.probe(block.groups.records)
         with self._taps():
-            limit = self._limit(patients)
-            if groups.records <= limit:
-                return self._piece(patients, batch, None, groups, clipping_norm)
-            total = like.new_zeros(self.size, dtype=torch.float64, requires_grad=False)
-            for block in groups.blocks(limit):
-                if block.groups.records > limit:
-                    total += self._long(patients, batch, block.records, limit, clipping_norm)
+            for block in blocks:
+                if block.groups.records > seats.most:
+                    total += self._long(patients, batch, block, seats, clipping_norm)
                 else:
-                    total += self._piece(patients, batch, block.records, block.groups, clipping_norm)
-        return total.to(like.dtype)
+                    self._add_piece(patients, batch, block, seats, (clipping_norm, total))
+        return total
 
-    def _backward(self, patients: Patients, batch: Batch, where: slice | None) -> list[Part]:
-        """The parts of those records of the batch; None: all."""
-        records, weights = batch.records, batch.weights
-        if where is not None:
-            records, weights = records[where], weights[where]
-        records = records.to(patients.features.device)
-        features, labels = patients.features[records], patients.labels[records]
-        if self._only is not None:
-            return self._one_layer(self._only, features, labels, weights)
-        self._tape.begin(len(records))
-        outputs = self.network(features)
+    def outputs(self, features: torch.Tensor) -> torch.Tensor:
+        """What the network gives for records [records, …], without dropout: [records, outputs], a row the
+        same bit for bit whoever the other records belong to; no gradients.
+
+        Raises:
+            StudyError: as `sum`.
+        """
+        labels = torch.zeros(1, dtype=torch.int64 if self._objective.task == "multi-class" else torch.float32)
+        seats = self._seats(features, labels, len(features))
+        pieces = list(chunks(len(features), seats.most))
+        for piece in pieces:
+            seats.probe(piece.stop - piece.start)
+        found = []
+        modes = [(module, module.training) for module in self.network.modules()]
+        self.network.eval()
+        try:
+            with self._taps(), torch.enable_grad():  # without, torch has other ways that taps don't see
+                for piece in pieces:
+                    some, rows = seats.seated(features[piece])
+                    self._tape.begin(len(some))
+                    found.append(self.network(some).detach()[rows])
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return torch.cat(found) if found else self.network(features).detach()
+
+    def _seats(self, features: torch.Tensor, labels: torch.Tensor, records: int) -> Seats:
+        """For so many records like these."""
+        kind = (tuple(features.shape[1:]), features.dtype, features.device, torch.get_num_threads())
+        company = self._companies.get(kind)
+        if company is None:
+
+            def taps(network: nn.Module) -> Taps:
+                return TappedGradients(network, self._objective, memory=self._memory)._all_taps(labels)
+
+            limit = self._limit(features, labels)
+            company = self._companies[kind] = Company(self.network, features, taps, limit)
+        return company.seats(records)
+
+    def _all_taps(self, labels: torch.Tensor) -> Taps:
+        def taps(features: torch.Tensor) -> list[torch.Tensor]:
+            with self._taps():
+                zeros = labels.new_zeros(len(features), device=features.device)
+                outputs = self._pass(features, zeros, torch.ones(len(features)))
+                return [outputs, *(tap for part in self._tape.parts for tap in part.taps)]
+
+        return taps
+
+    def _backward(self, patients: Patients, batch: Batch, where: slice, seats: Seats) -> list[Part]:
+        """The parts of those records of the batch."""
+        records = batch.records[where].to(patients.features.device)
+        features, rows = seats.seated(patients.features[records])
+        labels, weights = patients.labels[records], batch.weights[where]
+        if len(features) == len(records):
+            self._pass(features, labels, weights)
+        else:
+            self._pass(features, *(filled(values, rows, len(features)) for values in (labels, weights)))
+            for part in self._tape.parts:
+                part.take(rows)
+        return self._tape.parts
+
+    def _pass(self, features: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Outputs; the parts are on the tape."""
+        self._tape.begin(len(features))
+        outputs: torch.Tensor = self.network(features)
         weights = weights.to(outputs)
         if outputs.requires_grad:
-            outputs.backward(output_gradients(self._objective, outputs, labels, weights))
+            # Of this sum the gradient is theirs; torch imports a library of symbols if one is handed over
+            (outputs * output_gradients(self._objective, outputs, labels, weights)).sum().backward()
         if any(p.grad is not None for p in self.parameters):
             raise StudyError(
                 "a weight is used outside of its layer",
                 remedy="call the layer, or take per-sample gradients instead",
             )
-        return self._tape.parts
+        return outputs.detach()
 
-    @torch.no_grad()
-    def _one_layer(
-        self, layer: nn.Linear, x: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
-    ) -> list[Part]:
-        """A linear model needs no backward pass: its output gradients are the loss's."""
-        outputs = functional.linear(x, layer.weight, layer.bias)
-        g = output_gradients(self._objective, outputs, labels, weights.to(outputs))
-        return [Rows(self._slot(layer.weight), present(self._slot(layer.bias)), x, g)]
-
-    def _piece(
-        self, patients: Patients, batch: Batch, where: slice | None, groups: Groups, clipping_norm: float
-    ) -> torch.Tensor:
-        parts = self._backward(patients, batch, where)
+    def _add_piece(
+        self, patients: Patients, batch: Batch, block: Block, seats: Seats, to: tuple[float, torch.Tensor]
+    ) -> None:
+        clipping_norm, total = to
+        groups, parts = block.groups, self._backward(patients, batch, block.records, seats)
         with torch.no_grad():
+            lengths = squared_lengths(parts, groups)
             parts = merged(parts, groups)
             norms = Norms(groups, self.parameters[0], self._memory // 4)
             # Small gradients first: holding one saves a product, and most per byte where it is small
             for part in sorted(parts, key=_size):
                 part.norms(groups, norms)
-            known = norms.squares
-            if norms.doubt is None:
-                scale = norms.squares.rsqrt()
-            else:
-                known = known + norms.doubt
-                scale = (norms.squares.sqrt() + norms.doubt.sqrt() * _ROUNDING).reciprocal()
-            scale.mul_(clipping_norm).clamp_(max=1.0)  # 1 / 0 is infinite
+            known, bound = norms.squares, clipping_norm * (1.0 - CLIPPING_MARGIN)
+            scale = (bound * known.rsqrt()).clamp_(max=1.0)  # 1 / 0 is infinite
+            if lengths is not None:
+                known = known + lengths
+                scale = torch.minimum(scale, CANCELLING * bound * lengths.rsqrt())
             # A sum of numbers none of which is near the largest of float64 is finite if they are
             if not math.isfinite(known.sum().item()):
                 sound = known.isfinite()
@@ -170,41 +235,38 @@ class TappedGradients:
                 for part in parts:
                     part.silence(~sound, groups)
             scale = scale.to(self.parameters[0].dtype)
-            return self._written(parts, Factors(scale, groups.spread(scale)))
+            for part in parts:
+                part.write(Factors(scale, groups.spread(scale)), total)
 
     def _long(
-        self, patients: Patients, batch: Batch, where: slice, limit: int, clipping_norm: float
+        self, patients: Patients, batch: Batch, block: Block, seats: Seats, clipping_norm: float
     ) -> torch.Tensor:
         """One patient with more records than fit: the gradient of some after the other, then the norm."""
         total = self.parameters[0].new_zeros(self.size, dtype=torch.float64, requires_grad=False)
-        for start in range(where.start, where.stop, limit):
-            part = slice(start, min(start + limit, where.stop))
-            parts = self._backward(patients, batch, part)
+        lengths = total.new_zeros(())
+        start = block.records.start
+        for some in chunks(block.groups.records, seats.most):
+            count = some.stop - some.start
+            parts = self._backward(patients, batch, slice(start + some.start, start + some.stop), seats)
             with torch.no_grad():
-                count = part.stop - part.start
                 one = self.parameters[0].new_ones(count, requires_grad=False)
                 groups = Groups(torch.zeros(count, dtype=torch.int64, device=one.device), 1)
-                total += self._written(merged(parts, groups), Factors(one[:1], one))
-        norm = float(torch.linalg.vector_norm(total))
-        if not norm < float("inf"):
+                found = squared_lengths(parts, groups)
+                lengths += 0.0 if found is None else found[0].sqrt()
+                for together in merged(parts, groups):
+                    together.write(Factors(one[:1], one), total)
+        norm, length = float(torch.linalg.vector_norm(total)), float(lengths)
+        if not norm + length < math.inf:
             return torch.zeros_like(total)
-        return total * min(1.0, clipping_norm / max(norm, 1e-30))
+        bound = clipping_norm * (1.0 - CLIPPING_MARGIN)
+        return total * min(1.0, bound / max(norm, 1e-30), CANCELLING * bound / max(length, 1e-30))
 
-    def _written(self, parts: list[Part], factors: Factors) -> torch.Tensor:
-        flat = self.parameters[0].new_zeros(self.size, requires_grad=False)
-        for part in parts:
-            part.write(factors, flat)
-        return flat
+    def _limit(self, features: torch.Tensor, labels: torch.Tensor) -> int:
+        """Records of a pass: as many as the memory allows, of which gradients may hold a quarter."""
+        return max(1, min(MAX_RECORDS, self._memory * 3 // 4 // max(1, self._measured(features, labels))))
 
-    def _limit(self, patients: Patients) -> int:
-        """Records of a piece: as many as the memory allows, of which gradients may hold a quarter."""
-        shape = tuple(patients.features.shape[1:])
-        if shape not in self._record_bytes:
-            self._record_bytes[shape] = max(1, self._measured(patients))
-        return max(1, min(MAX_RECORDS, self._memory * 3 // 4 // self._record_bytes[shape]))
-
-    def _measured(self, patients: Patients) -> int:
-        """Bytes that a record's pass keeps, from one over two made-up records: what autograd saves, and the
+    def _measured(self, features: torch.Tensor, labels: torch.Tensor) -> int:
+        """Bytes that a record's pass keeps, from one over some made-up records: what autograd saves, and the
         taps twice, for the gradients that pass beside them."""
         kept: dict[int, torch.Tensor] = {}
         weights = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
@@ -213,20 +275,29 @@ class TappedGradients:
             kept[saved.untyped_storage().data_ptr()] = saved
             return saved
 
-        features = torch.zeros_like(patients.features[:1]).expand(2, *patients.features.shape[1:])
-        labels = torch.zeros_like(patients.labels[:1]).expand(2)
+        count = multiple_of(self.network)
+        features = features.new_zeros(count, *features.shape[1:])
         devices = [features.device] if features.is_cuda else []
-        with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            self._tape.begin(2)
-            outputs = self.network(features.contiguous())
-            record_losses(self._objective, outputs, labels.contiguous()).sum().backward()
-        taps = [tap for part in self._tape.parts for tap in part.taps]
+        saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with self._taps(), torch.random.fork_rng(devices), saving:
+            self._pass(features, labels.new_zeros(count, device=features.device), torch.ones(count))
+            taps = [tap for part in self._tape.parts for tap in part.taps]
         saved = sum(each.untyped_storage().nbytes() for key, each in kept.items() if key not in weights)
-        return (saved + 2 * sum(tap.numel() * tap.element_size() for tap in taps)) // 2
+        return (saved + 2 * sum(tap.numel() * tap.element_size() for tap in taps)) // count
 
 
 def _size(part: Part) -> int:
     return part.slots[0].size
+
+
+def squared_lengths(parts: list[Part], groups: Groups) -> torch.Tensor | None:
+    """Σ over slots of (Σ over their uses of `Part.lengths`)², float64 [patients]; None: no sum cancels."""
+    found = dict[int, torch.Tensor]()
+    for part in parts:
+        place = part.slots[0].offset
+        lengths = part.lengths(groups).double()
+        found[place] = found[place] + lengths if place in found else lengths
+    return torch.stack(list(found.values())).square_().sum(dim=0) if found else None
 
 
 def merged(parts: list[Part], groups: Groups) -> list[Part]:

@@ -39,6 +39,19 @@ class Layout:
             taken = taken * self.holds[:, :, None, None].to(values.dtype)
         return taken.flatten(1, 2)
 
+    def columns(self, values: torch.Tensor, *, padded: bool = True) -> torch.Tensor:
+        """[patients, width, most · columns] of values [records, width, columns]."""
+        if self.most == 1 and self.records is None:
+            return values
+        taken: torch.Tensor
+        if self.records is None:
+            taken = values.unflatten(0, (-1, self.most))
+        else:
+            taken = values[self.records]
+            if padded and self.holds is not None:
+                taken = taken * self.holds[:, :, None, None].to(values.dtype)
+        return taken.transpose(1, 2).flatten(2)
+
 
 class Groups:
     """The patients of a batch.

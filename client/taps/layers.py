@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from client.taps.convolution import Convolution, Geometry, bias_part
-from client.taps.parts import Lookups, Rows, Slot, Vectors
+from client.taps.parts import Lookups, Slot, Vectors
+from client.taps.products import tapped_product
+from client.taps.rows import Rows
 from client.taps.tape import Tape
 
 Forward = Callable[..., Any]
@@ -46,9 +48,9 @@ def project(
         a = x
         if a.dim() > 3:
             a, g = a.flatten(1, -2), g.flatten(1, -2)
-        tape.parts.append(Rows(weight[1], present(bias[1]), a, g))
+        tape.parts.append(Rows(present(weight[1]), present(bias[1]), a, g))
 
-    return tape.tap(name, x, lambda: functional.linear(x, matrix, vector), keep)
+    return tapped_product(tape, name, x, matrix, vector, keep)
 
 
 def linear(name: str, layer: nn.Linear, slots: Slots, tape: Tape) -> Forward:

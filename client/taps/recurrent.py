@@ -1,34 +1,40 @@
 """torch's LSTM, GRU and RNN, with back-propagation through time by hand.
 
 It leaves the gradients of all gates at all times, [records, time, gates]; the weights' gradients per patient
-are products of these with the inputs and the states: a time step is a row (`parts.Rows`).
+are products of these with the inputs and the states: a time step is a row (`rows.Rows`). Records go through
+in tiles, and the state is as wide as fills the processor's vectors (see client/rowwise), with zeros in what
+is spare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from client.rowwise import VECTOR
 from client.taps.layers import Forward, Slots, present
-from client.taps.parts import Rows, Slot
+from client.taps.parts import Slot
+from client.taps.products import rows_product, shared
+from client.taps.rows import Rows
 from client.taps.tape import Tape
 from common.errors import StudyError
 
+TILE = 16  # records; a batch has few, and those that fill it up cost as much as others
 Tensor = torch.Tensor
-Keep = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Takes x, the states before each step, and the gradients of what x and these states were turned into; all
-[records, time, …]."""
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Takes x, the states before each step, and the gradients of what x and these states were turned into (None:
+the same); all [records, time, …]."""
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 """For x [gates, inputs], for the state [gates, hidden], and the biases [gates]."""
 
 
-def _through_time(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x Wᵀ + b of x [time, records, inputs]."""
-    return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+def _tiles(values: Tensor) -> tuple[Tensor, ...]:
+    """At each time, [tiles, TILE, width] of [time, records, width]."""
+    return values.view(len(values), -1, TILE, values.shape[2]).unbind()
 
 
 def _states(x: Tensor, first: Tensor) -> Tensor:
@@ -47,22 +53,22 @@ class _LSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden = h.shape[1]
         ours, theirs, bias_x, bias_h = (_rolled(w, hidden) for w in weights)
-        gates = _through_time(x, ours, bias_x + bias_h)  # before what the states add, then the gates
+        gates = rows_product(x, ours, bias_x + bias_h)  # before what the states add, then the gates
         hs, cs, tanh_c = _states(x, h), _states(x, c), x.new_empty(len(x), *h.shape)
-        turn = theirs.t()
+        turn = shared(theirs.t(), len(h), TILE)
         steps = zip(
-            hs[:-1].unbind(),
+            _tiles(hs[:-1]),
             hs[1:].unbind(),
             cs[:-1].unbind(),
             cs[1:].unbind(),
-            gates.unbind(),
+            _tiles(gates),
             gates[..., : 3 * hidden].unbind(),
             tanh_c.unbind(),
             *(part.unbind() for part in gates.split(hidden, dim=2)),
             strict=True,
         )
         for before, after, c_before, c_after, gate, sigmoids, t, o, i, f, g in steps:
-            gate.addmm_(before, turn)
+            gate.baddbmm_(before, turn)
             sigmoids.sigmoid_()
             g.tanh_()
             torch.mul(f, c_before, out=c_after)
@@ -77,7 +83,7 @@ class _LSTM(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, hs, cs, gates, tanh_c, ours, theirs = ctx.saved_tensors
         dhs, dc = gradients[0].clone(memory_format=torch.contiguous_format), gradients[1].clone()
-        time, records, hidden = tanh_c.shape
+        records, hidden = tanh_c.shape[1:]
         o, i, f, g = gates.split(hidden, dim=2)
         # What each gate's gradient is of dh (for o) or dc (for i, f, g), at all times at once
         slopes = torch.empty_like(gates).unflatten(2, (4, hidden))
@@ -86,35 +92,35 @@ class _LSTM(torch.autograd.Function):
         torch.mul(cs[:-1], f, out=slopes[:, :, 2]).addcmul_(slopes[:, :, 2], f, value=-1)
         torch.mul(i, g, out=slopes[:, :, 3])
         torch.addcmul(i, slopes[:, :, 3], g, value=-1, out=slopes[:, :, 3])
-        carried = torch.mul(tanh_c, tanh_c).mul_(o).neg_().add_(o)  # o (1 - tanh²)
+        carried = torch.addcmul(o, o, tanh_c.square(), value=-1)  # o (1 - tanh²)
         d = torch.empty_like(slopes)
         flat = d.flatten(2)
+        turn = shared(theirs, records, TILE)
         steps = zip(
             dhs.unbind(),
+            _tiles(dhs),
             carried.unbind(),
             slopes[:, :, 0].unbind(),
             slopes[:, :, 1:].unbind(),
             d[:, :, 0].unbind(),
             d[:, :, 1:].unbind(),
             f.unbind(),
-            flat.unbind(),
+            _tiles(flat),
             strict=True,
         )
         last: Tensor | None = None
-        for dh, carried_t, slope_o, slope_c, d_o, d_c, f_t, d_t in reversed(list(steps)):
+        dc_wide = dc[:, None]
+        for dh, dh_tiles, carried_t, slope_o, slope_c, d_o, d_c, f_t, d_t in reversed(list(steps)):
             if last is not None:
-                dh.addmm_(last, theirs)
+                dh_tiles.baddbmm_(last, turn)
             dc.addcmul_(dh, carried_t)
             torch.mul(dh, slope_o, out=d_o)
-            torch.mul(slope_c, dc[:, None], out=d_c)
+            torch.mul(slope_c, dc_wide, out=d_c)
             dc.mul_(f_t)
             last = d_t
-        result = x.new_empty(records, time, 4 * hidden)
-        result[..., : 3 * hidden] = flat[..., hidden:].transpose(0, 1)
-        result[..., 3 * hidden :] = flat[..., :hidden].transpose(0, 1)
-        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, result)
-        dx = flat @ ours if ctx.needs_input_grad[1] else None
-        first = flat[0] @ theirs if ctx.needs_input_grad[2] else None
+        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), flat.transpose(0, 1).contiguous(), None)
+        dx = rows_product(flat, ours.t()) if ctx.needs_input_grad[1] else None
+        first = rows_product(flat[0], theirs.t()) if ctx.needs_input_grad[2] else None
         return None, dx, first, dc, None, None
 
 
@@ -132,15 +138,16 @@ class _GRU(torch.autograd.Function):
     ) -> tuple[Tensor]:
         hidden = h.shape[1]
         ours, theirs, bias_x, bias_h = weights
-        drive, hs, turn = _through_time(x, ours, bias_x), _states(x, h), theirs.t()
+        drive, hs, turn = rows_product(x, ours, bias_x), _states(x, h), shared(theirs.t(), len(h), TILE)
         state = torch.empty_like(drive)  # what the states are turned into
         rz, n = x.new_empty(*drive.shape[:2], 2 * hidden), x.new_empty(len(x), *h.shape)
         steps = zip(
             drive[..., : 2 * hidden].unbind(),
             drive[..., 2 * hidden :].unbind(),
+            _tiles(hs[:-1]),
             hs[:-1].unbind(),
             hs[1:].unbind(),
-            state.unbind(),
+            _tiles(state),
             state[..., : 2 * hidden].unbind(),
             state[..., 2 * hidden :].unbind(),
             rz.unbind(),
@@ -149,8 +156,8 @@ class _GRU(torch.autograd.Function):
             n.unbind(),
             strict=True,
         )
-        for drive_rz, drive_n, before, after, turned, turned_rz, turned_n, rz_t, r, z, n_t in steps:
-            torch.addmm(bias_h, before, turn, out=turned)
+        for drive_rz, drive_n, tiles, before, after, turned, turned_rz, turned_n, rz_t, r, z, n_t in steps:
+            torch.baddbmm(bias_h, tiles, turn, out=turned)
             torch.add(drive_rz, turned_rz, out=rz_t)
             rz_t.sigmoid_()
             torch.addcmul(drive_n, r, turned_n, out=n_t)
@@ -177,11 +184,15 @@ class _GRU(torch.autograd.Function):
         slopes[:, :, 1].addcmul_(slopes[:, :, 1], z, value=-1)
         d = torch.empty_like(slopes)
         flat = d.flatten(2)
-        steps = zip(slopes.unbind(), z.unbind(), d.unbind(), flat.unbind(), dhs.unbind(), strict=True)
+        turn = shared(theirs, records, TILE)
+        steps = zip(
+            slopes.unbind(), z.unbind(), d.unbind(), _tiles(flat), dhs.unbind(), _tiles(dhs), strict=True
+        )
         rest: tuple[Tensor, Tensor, Tensor] | None = None
-        for slope, z_t, d_t, flat_t, dh in reversed(list(steps)):
+        for slope, z_t, d_t, flat_t, dh, dh_tiles in reversed(list(steps)):
             if rest is not None:
-                dh.addcmul_(rest[0], rest[1]).addmm_(rest[2], theirs)
+                dh.addcmul_(rest[0], rest[1])
+                dh_tiles.baddbmm_(rest[2], turn)
             torch.mul(slope, dh[:, None], out=d_t)
             rest = dh, z_t, flat_t
         states = flat.transpose(0, 1).contiguous()
@@ -189,8 +200,8 @@ class _GRU(torch.autograd.Function):
         torch.mul(own, dhs, out=own)
         result[..., 2 * hidden :] = own.transpose(0, 1)
         ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, states)
-        dx = (result @ ours).transpose(0, 1) if ctx.needs_input_grad[1] else None
-        first = torch.addmm(dhs[0] * z[0], flat[0], theirs) if ctx.needs_input_grad[2] else None
+        dx = rows_product(result, ours.t()).transpose(0, 1) if ctx.needs_input_grad[1] else None
+        first = rows_product(flat[0], theirs.t()) + dhs[0] * z[0] if ctx.needs_input_grad[2] else None
         return None, dx, first, None, None
 
 
@@ -202,9 +213,10 @@ class _RNN(torch.autograd.Function):
         ctx: Any, anchor: Tensor, x: Tensor, h: Tensor, weights: Weights, keep: Keep, tanh: bool
     ) -> tuple[Tensor]:
         ours, theirs, bias_x, bias_h = weights
-        drive, hs, turn = _through_time(x, ours, bias_x + bias_h), _states(x, h), theirs.t()
-        for drive_t, before, after in zip(drive.unbind(), hs[:-1].unbind(), hs[1:].unbind(), strict=True):
-            torch.addmm(drive_t, before, turn, out=after)
+        drive, hs = rows_product(x, ours, bias_x + bias_h), _states(x, h)
+        turn = shared(theirs.t(), len(h), TILE)
+        for drive_t, before, after in zip(_tiles(drive), _tiles(hs[:-1]), _tiles(hs[1:]), strict=True):
+            torch.baddbmm(drive_t, before, turn, out=after)
             after.tanh_() if tanh else after.relu_()
         ctx.save_for_backward(x, hs, ours, theirs)
         ctx.keep, ctx.tanh = keep, tanh
@@ -215,17 +227,17 @@ class _RNN(torch.autograd.Function):
         x, hs, ours, theirs = ctx.saved_tensors
         dhs, after = gradients[0].clone(memory_format=torch.contiguous_format), hs[1:]
         slopes = after.square().neg_().add_(1.0) if ctx.tanh else (after > 0).to(after.dtype)
-        d = torch.empty_like(slopes)
+        d, turn = torch.empty_like(slopes), shared(theirs, hs.shape[1], TILE)
         last: Tensor | None = None
-        for dh, slope, d_t in reversed(list(zip(dhs.unbind(), slopes.unbind(), d.unbind(), strict=True))):
+        steps = zip(_tiles(dhs), _tiles(slopes), _tiles(d), strict=True)
+        for dh, slope, d_t in reversed(list(steps)):
             if last is not None:
-                dh.addmm_(last, theirs)
+                dh.baddbmm_(last, turn)
             torch.mul(dh, slope, out=d_t)
             last = d_t
-        result = d.transpose(0, 1).contiguous()
-        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), result, result)
-        dx = d @ ours if ctx.needs_input_grad[1] else None
-        first = d[0] @ theirs if ctx.needs_input_grad[2] else None
+        ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), d.transpose(0, 1).contiguous(), None)
+        dx = rows_product(d, ours.t()) if ctx.needs_input_grad[1] else None
+        first = rows_product(d[0], theirs.t()) if ctx.needs_input_grad[2] else None
         return None, dx, first, None, None, None
 
 
@@ -248,11 +260,27 @@ def recurrent(name: str, layer: nn.RNNBase, slots: Slots, tape: Tape) -> Forward
 
     def run(index: int, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Outputs [time, records, hidden] and the last cell state of x [time, records, inputs]."""
+        hidden, spare = layer.hidden_size, -layer.hidden_size % VECTOR
         matrices = [p.detach() for p in own[index][:2] if p is not None]
         nothing = h.new_zeros(len(matrices[0]))
         biases = [nothing if p is None else p.detach() for p in own[index][2:]]
         weights = (matrices[0], matrices[1], biases[0], biases[1])
-        keep = _keep(tape, places[index])
+        keep = _keep(tape, places[index], hidden, lstm)
+        if not spare:
+            return step(x, h, c, weights, keep)
+        weights = (
+            _wider(weights[0], hidden, spare),
+            functional.pad(_wider(weights[1], hidden, spare), (0, spare)),
+            _wider(weights[2], hidden, spare),
+            _wider(weights[3], hidden, spare),
+        )
+        h, c = functional.pad(h, (0, spare)), None if c is None else functional.pad(c, (0, spare))
+        hs, last = step(x, h, c, weights, keep)
+        return hs[..., :hidden], None if last is None else last[..., :hidden]
+
+    def step(
+        x: Tensor, h: Tensor, c: Tensor | None, weights: Weights, keep: Keep
+    ) -> tuple[Tensor, Tensor | None]:
         if c is not None:
             hs, last = _LSTM.apply(tape.anchor, x, h, c, weights, keep)
             return hs, last
@@ -269,8 +297,12 @@ def recurrent(name: str, layer: nn.RNNBase, slots: Slots, tape: Tape) -> Forward
         x = input.transpose(0, 1) if layer.batch_first else input
         if torch.is_grad_enabled():
             tape.check(name, x.transpose(0, 1))
-        start = x.new_zeros(len(own), x.shape[1], layer.hidden_size)
-        h, c = (hx if lstm else (hx, None)) if hx is not None else (start, start if lstm else None)
+        records, spare = x.shape[1], -x.shape[1] % TILE
+        x = functional.pad(x, (0, 0, 0, spare)) if spare else x
+        states: list[Tensor] = [x.new_zeros(len(own), x.shape[1], layer.hidden_size)] * (1 + lstm)
+        if hx is not None:
+            states = [functional.pad(s, (0, 0, 0, spare)) for s in (hx if lstm else (hx,))]
+        h, c = states[0], states[1] if lstm else None
         ends_h, ends_c = [], []
         for level in range(layer.num_layers):
             outputs = []
@@ -286,20 +318,43 @@ def recurrent(name: str, layer: nn.RNNBase, slots: Slots, tape: Tape) -> Forward
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
             if layer.dropout and level + 1 < layer.num_layers:
                 x = functional.dropout(x, layer.dropout, layer.training)
-        ends: Any = torch.stack(ends_h)
+        x = x[:, :records]
+        ends: Any = torch.stack(ends_h)[:, :records]
         if lstm:
-            ends = ends, torch.stack(ends_c)
+            ends = ends, torch.stack(ends_c)[:, :records]
         return (x.transpose(0, 1) if layer.batch_first else x), ends
 
     return forward
 
 
-def _keep(tape: Tape, places: list[Slot | None]) -> Keep:
-    def keep(x: Tensor, states: Tensor, of_x: Tensor, of_states: Tensor) -> None:
-        weight, state_weight, bias, state_bias = places
-        if weight is not None or bias is not None:
-            tape.parts.append(Rows(weight, present(bias), x, of_x))
-        if state_weight is not None or state_bias is not None:
-            tape.parts.append(Rows(state_weight, present(state_bias), states, of_states))
+def _wider(gates: Tensor, hidden: int, spare: int) -> Tensor:
+    """[gates · (hidden + spare), …] of [gates · hidden, …], with zeros."""
+    apart = gates.unflatten(0, (-1, hidden))
+    return functional.pad(apart, (0, 0) * (apart.dim() - 2) + (0, spare)).flatten(0, 1)
+
+
+def _narrower(gates: Tensor, hidden: int, width: int) -> Tensor:
+    """[…, gates · hidden] of [… , gates · width]."""
+    return gates if hidden == width else gates.unflatten(2, (-1, width))[..., :hidden].flatten(2)
+
+
+def _keep(tape: Tape, places: list[Slot | None], hidden: int, lstm: bool) -> Keep:
+    weight, state_weight, bias, state_bias = places
+
+    def keep(x: Tensor, states: Tensor, of_x: Tensor, of_states: Tensor | None) -> None:
+        kept, width = slice(tape.records), states.shape[2]
+        x, states, of_x = x[kept], states[kept, :, :hidden], _narrower(of_x[kept], hidden, width)
+        if of_states is None and weight is not None and state_weight is not None:
+            both = torch.cat((x, states), dim=2)
+            add((weight, state_weight), present(bias, state_bias), both, of_x)
+            return
+        of_states = of_x if of_states is None else _narrower(of_states[kept], hidden, width)
+        add(present(weight), present(bias), x, of_x)
+        add(present(state_weight), present(state_bias), states, of_states)
+
+    def add(weights: Sequence[Slot], biases: Sequence[Slot], inputs: Tensor, outputs: Tensor) -> None:
+        if weights or biases:
+            # The LSTM's gate o comes last in torch's weights
+            tape.parts.append(Rows(weights, biases, inputs, outputs, turned=hidden if lstm else 0))
 
     return keep

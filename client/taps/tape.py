@@ -51,8 +51,7 @@ class Tape:
         version = x._version
 
         def done(gradient: torch.Tensor) -> None:
-            if x._version != version:
-                raise StudyError(f"layer {name}: its input was changed in place", remedy=_REMEDY)
+            refuse_changed(name, x, version)
             keep(gradient)
 
         output = compute()
@@ -73,6 +72,12 @@ class Tape:
     def anchor(self) -> torch.Tensor:
         """A leaf that makes what is computed from it need a gradient."""
         return self._anchor
+
+
+def refuse_changed(name: str, x: torch.Tensor, version: int) -> None:
+    """Refuse an input that was changed since it had this version."""
+    if x._version != version:
+        raise StudyError(f"layer {name}: its input was changed in place", remedy=_REMEDY)
 
 
 class _Passed(torch.autograd.Function):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from common.errors import StudyError
 from common.messages import Array
@@ -59,8 +60,7 @@ def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
 
     Raises:
         StudyError: if the name is unknown, a parameter is wrong, or the network can't be trained under
-            patient-level privacy (batch statistics, buffers that data changes, layers without a
-            per-sample gradient).
+            patient-level privacy (batch statistics, buffers that data changes).
     """
     function = _MODELS.get(model.name)
     if function is None:
@@ -104,23 +104,37 @@ def _checked(function: ModelFunction, model: Model) -> dict[str, Any]:
 
 
 def refuse_unsafe(network: nn.Module, name: str) -> None:
-    """Check that only noised gradients can carry data into the network.
+    """Check that only noised gradients can carry data into the network, and that no layer mixes records.
 
     Raises:
-        StudyError: naming the first layer that Opacus's validator refuses, or the first buffer.
+        StudyError: naming the first layer that normalises over records, looks at how often others use an
+            entry, or rescales entries in use; or the first buffer.
     """
-    from opacus.validators import ModuleValidator  # takes seconds to import
-
-    errors = ModuleValidator.validate(network, strict=False)
-    if errors:
-        raise StudyError(
-            f"model {name}: {errors[0]}", remedy="use GroupNorm, and layers that Opacus supports"
-        )
+    for place, layer in network.named_modules():
+        reason = _unsafe(layer)
+        if reason is not None:
+            raise StudyError(
+                f"model {name}: {place or 'network'} ({type(layer).__name__}) {reason[0]}", remedy=reason[1]
+            )
     for buffer, _ in network.named_buffers():
         raise StudyError(
             f"model {name}: buffer {buffer!r} would leave the site without noise",
             remedy="use layers without running statistics",
         )
+
+
+def _unsafe(layer: nn.Module) -> tuple[str, str] | None:
+    """Why, and the remedy."""
+    if isinstance(layer, _BatchNorm):
+        return "makes a record's result depend on other records", "use GroupNorm or LayerNorm"
+    if isinstance(layer, _NormBase) and layer.track_running_stats:
+        return "keeps statistics of records, without noise", "set track_running_stats = False"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        if layer.max_norm is not None:
+            return "rescales the entries that records use, without noise", "set max_norm = None"
+        if layer.scale_grad_by_freq:
+            return "scales gradients by what other records use", "set scale_grad_by_freq = False"
+    return None
 
 
 def parameter_arrays(network: nn.Module) -> dict[str, Array]:

@@ -73,7 +73,9 @@ class Stream:
         """`count` independent coins; each is true with `probability`, to within 2^-53."""
         if probability >= 1:
             return np.ones(count, dtype=np.bool_)
-        return self.uniform(count) < probability
+        # As `uniform(count) < probability`, of the words themselves
+        below = math.ceil(max(0.0, probability) * 2.0**53) << 11
+        return self.words(count) < np.uint64(below)
 
     def permutation(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
         """A uniformly random order of 0 … count-1 (ties of 64-bit keys are negligible)."""
@@ -102,7 +104,7 @@ class Stream:
 
 
 class Normals(Protocol):
-    """What gives standard normals: a `Stream`, or what draws ahead of one (client/dpsgd)."""
+    """What gives standard normals: a `Stream`, or what draws ahead of one (client/ahead)."""
 
     def normals(self, count: int) -> Iterator[Floats]:
         """As `Stream.normals`."""
@@ -111,6 +113,7 @@ class Normals(Protocol):
 # --- the sampler
 
 _FIRST_PAIRS, _MOST_PAIRS = 512, 32_768  # of a block: large enough that numpy's calls cost little
+_PART = 16_384  # pairs computed at a time
 _PAIR_BYTES = 14  # a radius of 8, a position in an arc of 4, an arc of 2
 _TAIL = 2.0**-24
 _ARC_BITS = 14
@@ -126,8 +129,8 @@ class _Room:
     def __init__(self) -> None:
         self.zeros = memoryview(bytes(_PAIR_BYTES * _MOST_PAIRS))
         self.stream = bytearray(_PAIR_BYTES * _MOST_PAIRS + 15)  # the cipher asks for 15 bytes more
-        self.square, self.t = np.empty(_MOST_PAIRS), np.empty(_MOST_PAIRS)
-        self.turn = np.empty(_MOST_PAIRS, dtype=np.complex128)
+        self.square, self.t = np.empty(_PART), np.empty(_PART)
+        self.turn = np.empty(_PART, dtype=np.complex128)
 
 
 _ROOMS: list[_Room] = []  # as many as threads have drawn at a time; append and pop are atomic
@@ -167,9 +170,13 @@ class _Normals:
         radius = np.frombuffer(room.stream, np.int64, pairs)
         position = np.frombuffer(room.stream, np.int32, pairs, 8 * pairs)
         arc = np.frombuffer(room.stream, np.uint16, pairs, 12 * pairs)
-        block = self._box_muller(radius, position, arc, room)
+        if len(self._block) < pairs:
+            self._block = np.empty(pairs, dtype=np.complex128)
+        for start in range(0, pairs, _PART):  # what a core's cache holds
+            part = slice(start, min(start + _PART, pairs))
+            self._box_muller(radius[part], position[part], arc[part], room, self._block[part])
         _ROOMS.append(room)
-        return block
+        return self._block[:pairs].view(np.float64)
 
     def _box_muller(
         self,
@@ -177,8 +184,9 @@ class _Normals:
         position: npt.NDArray[np.int32],
         arc: npt.NDArray[np.uint16],
         room: _Room,
-    ) -> Floats:
-        """Normals [2 pairs] from uniform words [pairs]; `radius` is overwritten."""
+        pair: npt.NDArray[np.complex128],
+    ) -> None:
+        """Write normals as complex numbers [pairs] from uniform words [pairs]; `radius` is overwritten."""
         pairs = len(radius)
         square, t, turn = room.square[:pairs], room.t[:pairs], room.turn[:pairs]
         np.copyto(square, radius)
@@ -201,13 +209,9 @@ class _Normals:
         t += 4.0 * _SCALE**2
         slope *= t  # tan
 
-        if len(self._block) < len(square):
-            self._block = np.empty(len(square), dtype=np.complex128)
-        pair = self._block[: len(square)]
         np.sqrt(square, out=pair.real)
         np.multiply(pair.real, slope, out=pair.imag)
         pair *= turn
-        return pair.view(np.float64)
 
     def _tail(self, word: int) -> float:
         """A uniform number below 2^-24, of 128 bits, from the signed word that was found to be small."""
@@ -273,9 +277,9 @@ def noised(
     # Between 2^52 and 2^53 steps, float64 has one number a step: there, adding rounds to the grid. Unlike
     # np.rint, it never leaves -0, which would tell on which side of 0 the unrounded sum was.
     magic = 1.5 * 2.0**52 * grid_step(standard_deviation)
-    values = exact.detach().double().reshape(-1).numpy()
-    result = torch.empty(exact.shape, dtype=dtype)
-    leaving = result.view(-1).numpy()
+    values = exact.detach().double().numpy().reshape(-1)
+    leaving = np.empty(len(values), dtype=np.float32 if dtype == torch.float32 else np.float64)
+    scale = 1.0 / divisor
     start = 0
     for piece in source.normals(len(values)):
         end = start + len(piece)
@@ -283,10 +287,12 @@ def noised(
         piece += values[start:end]
         piece += magic
         piece -= magic
-        leaving[start:end] = piece
-        leaving[start:end] *= 1.0 / divisor
+        part = leaving[start:end]
+        part[...] = piece
+        np.multiply(part, scale, out=part)
         start = end
-    return result
+    found = torch.from_numpy(leaving)
+    return found if exact.dim() == 1 else found.view(exact.shape)
 
 
 # --- where streams come from

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from common.privacy.accounting import calibrate, epsilon
@@ -125,7 +126,7 @@ class StudyPlan:
             return None
         return GaussianRelease(noise_multiplier=self.statistics.noise_multiplier)
 
-    @property
+    @cached_property
     def epsilon(self) -> float:
         """ε of all rounds for any patient: training and test patients are disjoint."""
         if not self.private:
@@ -136,7 +137,11 @@ class StudyPlan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """As plain values; `StudyPlan.of` gives it back."""
+        """As plain values, which nobody changes; `StudyPlan.of` gives it back."""
+        return self._plain
+
+    @cached_property
+    def _plain(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
@@ -182,12 +187,33 @@ def histogram_sensitivity(study: Study) -> float:
     return whole * math.sqrt(1 + len(study.evaluation.subgroups))
 
 
+class _ThisStudy:
+    """A study as a key: this very object, because a changed copy of one may carry the digest of the first."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def __hash__(self) -> int:
+        return id(self.study)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ThisStudy) and other.study is self.study
+
+
 def plan_study(study: Study, public_size: int, limits: Limits = NO_LIMITS) -> StudyPlan:
     """Calibrate a study at a site that declared `public_size` patients and allows no more than `limits`.
+
+    It is worked out once for all sites of a process that declare and allow the same.
 
     Raises:
         StudyError: if no noise meets the target.
     """
+    return _plan_of(_ThisStudy(study), public_size, limits)
+
+
+@lru_cache(maxsize=256)
+def _plan_of(named: _ThisStudy, public_size: int, limits: Limits) -> StudyPlan:
+    study = named.study
     size = study.public_training_size(public_size)
     training, privacy = study.training, study.privacy
     rate = training.sample_rate or min(1.0, (training.patients_per_step or size) / size)

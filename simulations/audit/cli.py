@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,6 +120,73 @@ def verify(
         told = {"error": error.code, "message": error.message, "remedy": error.remedy}
         speaker.answer({**answer, **told})
         raise typer.Exit(error.exit_status)
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file, or a ready study's name.")],
+    out: Annotated[Path, typer.Option(help="Folder for audit.html, audit.json and audit.jws.")] = Path(
+        "audit"
+    ),
+    public_size: Annotated[int, typer.Option(help="Patients that a site would declare.", min=1)] = 200,
+    key: Annotated[
+        Path | None, typer.Option(help="The auditor's secret key; made if absent. Default OUT/auditor.pem.")
+    ] = None,
+    sites: Annotated[
+        Path | None,
+        typer.Option(help="Folder of sites whose records may be read: attack members and records too."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="More canaries and steps: tighter bounds.")] = False,
+    deployed: Annotated[
+        bool, typer.Option("--deployed", help="Through the sockets of served vaults, not in this process.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Attack a study's claim: canaries through the site's own software, tests of what it sends, and lower
+    bounds on ε.
+
+    Exits with 1 if anything contradicts the claim.
+    """
+    from common.keys import make_signing_key
+    from simulations.audit.report import as_json, write_report
+    from simulations.audit.run import FULL, SHORT, audit
+    from simulations.engine.sites import find_sites
+    from simulations.studies import ready_study
+
+    with speaking(json) as speaker:
+        logging.getLogger("fedward").setLevel(logging.CRITICAL)  # vaults refuse the attacks, and say so
+        asked = load_study(study if study.exists() else ready_study(str(study)))
+        cohorts = [place.folder() for place in find_sites(sites, out)] if sites else []
+        size = FULL if full else SHORT
+        found = audit(asked, public_size, size=size, deployed=deployed, cohorts=cohorts)
+        out.mkdir(parents=True, exist_ok=True)
+        page = write_report(out, found, make_signing_key(key or out / "auditor.pem"))
+        header = ["site", "ε claimed", "by trade-off", "by one run", "by the noise", "canaries"]
+        rows = [
+            [
+                b.site,
+                *(f"{e:.3f}" for e in (b.claimed, b.by_trade_off, b.one_run, b.by_noise)),
+                str(b.canaries),
+            ]
+            for b in found.bounds
+        ]
+        speaker.table(
+            f"Lower bounds on ε at 95 %, over {found.steps} steps, δ = {found.plan.delta:g}", header, rows
+        )
+        alarms = found.conformance.alarms
+        speaker.say(f"{len(found.conformance.checks)} tests of what was sent, {len(alarms)} alarms.")
+        for check in alarms:
+            speaker.say(f"  {check.site}: {check.name}: p = {check.p:.2g}; {check.told}")
+        failed = [case for case in found.cases if not case.sound]
+        speaker.say(f"{len(found.cases)} attempts of a malicious coordinator, {len(failed)} not as promised.")
+        for case in failed:
+            speaker.say(f"  {case.name}: {case.outcome}")
+        for line in found.untested:
+            speaker.say(f"Not tested: {line}.")
+        speaker.say(f"{page}: the report, signed in audit.jws.")
+        if not found.sound:
+            raise FedwardError("something contradicts the claim", remedy=f"see {page}")
+        speaker.answer(as_json(found))
 
 
 def _opened(store: Path) -> Store:

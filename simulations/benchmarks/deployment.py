@@ -20,9 +20,8 @@ from common.processes import beside_python, free_port
 from server.provisioning import CoordinatorFolder, provision
 from server.sessions import store_of
 from server.superlink import find_nginx
-from simulations.benchmarks.loop import PATIENTS
 from simulations.benchmarks.measure import Comparison, Result, Timing, rounds_timing
-from simulations.benchmarks.workload import benchmark_study, site_name, write_sites
+from simulations.benchmarks.workload import PATIENTS, benchmark_study, site_name, write_sites
 from simulations.engine import SimulationSettings, simulate
 
 _START_SECONDS = 180.0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from server.store import Store
+if TYPE_CHECKING:
+    from server.store import Store
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,27 @@ def rounds_timing(total: float, store: Store, session: str) -> Timing:
     """The timing of a finished session of at least two training rounds."""
     ends = [r.finished for r in store.rounds(session)][:-1]
     return Timing(total, (ends[-1] - ends[0]) / (len(ends) - 1), len(ends))
+
+
+@contextmanager
+def each_round(told: Callable[[int], None]) -> Iterator[None]:
+    """Within the context, `told` hears of every round that a session of this process has recorded.
+
+    The store's own times are by the clock alone, and a simulation tells of its progress only now and then.
+    """
+    from server.store import Store
+
+    record = Store.record
+
+    def recorded(store: Store, session: str, number: int, *rest: Any, **named: Any) -> None:
+        record(store, session, number, *rest, **named)
+        told(number)
+
+    Store.record = recorded  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Store.record = record  # type: ignore[method-assign]
 
 
 def interleaved(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from client.ahead import DRAWN_AHEAD, Cores, drawn_ahead
 from client.cohort import Patients
-from client.dpsgd import DRAWN_AHEAD, ClippedGradients, Cores, draw_batch, drawn_ahead, noised_mean
-from client.training import make_optimizer
+from client.dpsgd import draw_batch, engine_of, noised_mean
+from client.flat import FlatParameters, flat_step
 from common.models.registry import Shape
 from common.models.tabular import mlp
 from common.privacy.noise import OperatingSystem, noised
@@ -130,8 +131,9 @@ class _Step:
             average_records=True,
         )
         model = mlp(Shape(network.inputs, 10), network.hidden)
-        self.clipped = ClippedGradients(model, Objective(task="multi-class"))
-        self.optimizer = make_optimizer(Optimizer(name="sgd", learning_rate=0.01), model)
+        flat = FlatParameters(model, torch.device("cpu"))
+        self.clipped = engine_of(model, Objective(task="multi-class"), count)
+        self.optimize = flat_step(Optimizer(name="sgd", learning_rate=0.01), flat.trainable)
 
     def timed(self, steps: int, cores: Cores) -> Timing:
         """As client/training takes them."""
@@ -145,10 +147,6 @@ class _Step:
                 batch = draw_batch(self.patients, self.plan, sampling)
                 normals.begin()
                 total = self.clipped.sum(self.patients, batch, 1.0)
-                gradient = noised_mean(total, self.plan, normals)
-                sizes = [p.numel() for p in self.clipped.parameters]
-                for parameter, piece in zip(self.clipped.parameters, gradient.split(sizes), strict=True):
-                    parameter.grad = piece.view_as(parameter)
-                self.optimizer.step()
+                self.optimize(noised_mean(total, self.plan, normals))
                 found.append(time.perf_counter() - start)
         return Timing(time.perf_counter() - began, sorted(found)[steps // 2], steps)

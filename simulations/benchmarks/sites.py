@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -11,19 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import DeploymentError
-from simulations.benchmarks.measure import Comparison, Result, Timing, rounds_timing
-from simulations.benchmarks.workload import benchmark_study, write_sites
+from simulations.benchmarks.measure import Comparison, Result, Timing, each_round, rounds_timing
+from simulations.benchmarks.workload import PATIENTS, benchmark_study, write_sites
 from simulations.engine import SimulationSettings, simulate
 
-SITES = (4, 16, 64, 256)
-PATIENTS = 100
+SITES = (4, 64, 256, 1024)
 _LONGEST_SECONDS = 3600
 
 
 def compare_sites(
-    work: Path, *, counts: Sequence[int] = SITES, rounds: int = 10, repeats: int = 3, workers: int = 2
+    work: Path,
+    *,
+    counts: Sequence[int] = SITES,
+    rounds: int = 10,
+    repeats: int = 3,
+    workers: int = 2,
+    private: bool = True,
 ) -> Comparison:
-    """The in-process engine with privacy, all sites in memory, as their number grows.
+    """The in-process engine, all sites in memory, as their number grows.
 
     Raises:
         DeploymentError: if a size fails.
@@ -31,18 +37,25 @@ def compare_sites(
     results = []
     for count in counts:
         sites = write_sites(work / f"sites-{count}", count, PATIENTS)
-        runs = [_in_a_process(sites, work / f"run-{count}-{i}", rounds, workers) for i in range(repeats)]
+        runs = [
+            _in_a_process(sites, work / f"run-{count}-{i}", rounds, workers, private) for i in range(repeats)
+        ]
         more = {
-            "ms per site and round": 1000 * sorted(t.per_round for t, _ in runs)[repeats // 2] / count,
-            "MiB at peak": max(peak for _, peak in runs) / 2**20,
+            "ms per site and round": 1000 * statistics.median(t.per_round for t, _ in runs) / count,
+            "of the processor": 1000 * statistics.median(m["processor"] for _, m in runs) / count,
+            "MiB at peak": max(m["peak"] for _, m in runs) / 2**20,
         }
         results.append(Result(f"{count} sites", tuple(timing for timing, _ in runs), more))
-    title = f"{rounds} rounds with patient-level DP, {PATIENTS} patients a site, {workers} workers"
-    return Comparison("sites", title, tuple(results))
+    kind = "with patient-level DP" if private else "without privacy"
+    title = f"{rounds} rounds {kind}, {PATIENTS} patients a site, {workers} workers"
+    return Comparison("sites-private" if private else "sites", title, tuple(results))
 
 
-def _in_a_process(sites: Path, run: Path, rounds: int, workers: int) -> tuple[Timing, float]:
-    command = [sys.executable, "-m", __name__, str(sites), str(run), str(rounds), str(workers)]
+def _in_a_process(
+    sites: Path, run: Path, rounds: int, workers: int, private: bool
+) -> tuple[Timing, dict[str, float]]:
+    kind = "private" if private else "public"
+    command = [sys.executable, "-m", __name__, str(sites), str(run), str(rounds), str(workers), kind]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -57,7 +70,7 @@ def _in_a_process(sites: Path, run: Path, rounds: int, workers: int) -> tuple[Ti
             remedy="try fewer sites; see that there is memory enough",
         )
     told = json.loads(done.stdout.splitlines()[-1])
-    return Timing(told["total"], told["per_round"], told["rounds"]), told["peak"]
+    return Timing(told["total"], told["per_round"], told["rounds"]), told
 
 
 def peak_bytes() -> int:
@@ -71,13 +84,16 @@ def peak_bytes() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def main(sites: str, run: str, rounds: str, workers: str) -> None:
+def main(sites: str, run: str, rounds: str, workers: str, kind: str) -> None:
     """One run in this process; one line of JSON tells of it."""
-    study = benchmark_study(int(rounds), private=True)
+    study = benchmark_study(int(rounds), private=kind == "private")
+    processor = list[float]()
     began = time.perf_counter()
-    done = simulate(study, Path(sites), Path(run), SimulationSettings(workers=int(workers)))
+    with each_round(lambda number: processor.append(time.process_time())):
+        done = simulate(study, Path(sites), Path(run), SimulationSettings(workers=int(workers)))
     timing = rounds_timing(time.perf_counter() - began, done.store, done.session)
-    sys.stdout.write(json.dumps({**vars(timing), "peak": peak_bytes()}) + "\n")
+    more = {"processor": (processor[-2] - processor[0]) / (len(processor) - 2), "peak": peak_bytes()}
+    sys.stdout.write(json.dumps({**vars(timing), **more}) + "\n")
 
 
 if __name__ == "__main__":

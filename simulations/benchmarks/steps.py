@@ -1,7 +1,9 @@
 """One step of DP-SGD against one of plain SGD, on the models that hospitals use.
 
-Ratios of CPU time on one thread within one process, repetitions interleaved, medians: a machine that others
-use too changes the times, but hardly the ratios. Memory is what a fresh process grows by during steps.
+A step of fedward's is the vault's own: coins for each patient, the engine that it would choose, noise from
+the operating system's key, the optimiser. The others draw shuffled batches of as many records as it expects.
+Ratios within one process, repetitions interleaved, medians: a machine that others use too changes the times,
+but hardly the ratios. Memory is what a fresh process grows by at its peak during steps.
 """
 
 from __future__ import annotations
@@ -12,127 +14,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from client.ahead import Cores, drawn_ahead
 from client.cohort import Patients
-from client.dpsgd import Batch
-from client.taps import TappedGradients
-from common.privacy.noise import Seeded, noised
-from common.study import Objective
+from client.dpsgd import engine_of
+from client.flat import FlatParameters, flat_step
+from client.training import private_step
+from common.privacy.noise import OperatingSystem
+from common.privacy.plan import StepPlan
+from common.study import Objective, Optimizer
+from simulations.benchmarks.networks import WORKS, Work
 
 Step = Callable[[], None]
 
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """An allocator that keeps what it was given; freed memory otherwise costs page faults at every step."""
 SECONDS = 0.15  # of one repetition of one way
+BATCHES = 10  # expected ones in the cohort
+MEMORY_STEPS = 5
 CLIPPING_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.1
 
-
-class _Sequences(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(64, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = self.head(self.layer(x)[0][:, -1])
-        return outputs
-
-
-class _Block(nn.Module):
-    """A residual block (He et al. 2016) with GroupNorm."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.first_norm, self.second_norm = nn.GroupNorm(32, outputs), nn.GroupNorm(32, outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(32, outputs)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = functional.relu(self.first_norm(self.first(x)))
-        return functional.relu(self.second_norm(self.second(inner)) + self.shortcut(x))
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-def _cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
-    )  # fmt: skip
-
-
-def _cnn_3d() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv3d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.MaxPool3d(2),
-        nn.Conv3d(8, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool3d(2),
-        nn.Flatten(), nn.Linear(16 * 7**3, 11),
-    )  # fmt: skip
-
-
-def _resnet() -> nn.Module:
-    """ResNet-18 for small images: a stem of 3 × 3 without pooling."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
-    inputs = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [_Block(inputs, outputs, stride), _Block(outputs, outputs, 1)]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 9))
-
-
-def _sequences(kind: str, private: bool) -> nn.Module:
-    if not private:
-        return _Sequences(getattr(nn, kind)(37, 64, batch_first=True))
-    from opacus import layers
-
-    return _Sequences(getattr(layers, f"DP{kind}")(37, 64, batch_first=True))
-
-
-@dataclass(frozen=True)
-class Work:
-    """One row of the table.
-
-    Attributes:
-        network: called with True it gives the network that Opacus takes.
-        shape: of a batch's features.
-        outputs: classes.
-        records: of each patient.
-    """
-
-    title: str
-    network: Callable[[bool], nn.Module]
-    shape: tuple[int, ...]
-    outputs: int
-    records: int = 1
-
-
-WORKS: dict[str, Work] = {
-    "logistic": Work("logistic regression, 30 features, batch 64", lambda _: nn.Linear(30, 2), (64, 30), 2),
-    "mlp": Work("MLP 784-128-64-10, batch 256", lambda _: _mlp(), (256, 784), 10),
-    "cnn": Work("CNN 28×28, two convolutions, batch 256", lambda _: _cnn(), (256, 1, 28, 28), 10),
-    "cnn-3d": Work("3-D CNN 28³, batch 32", lambda _: _cnn_3d(), (32, 1, 28, 28, 28), 11),
-    "lstm": Work("LSTM 48×37, hidden 64, batch 64", lambda p: _sequences("LSTM", p), (64, 48, 37), 2),
-    "gru": Work("GRU 48×37, hidden 64, batch 64", lambda p: _sequences("GRU", p), (64, 48, 37), 2),
-    "resnet": Work("ResNet-18 (GroupNorm), 28×28×3, batch 64", lambda _: _resnet(), (64, 3, 28, 28), 9),
-    "mlp-patients": Work(
-        "MLP, 8 patients with 40 records each", lambda _: _mlp(), (320, 784), 10, records=40
-    ),
-    "mlp-ungrouped": Work("MLP, the same 320 records, one a patient", lambda _: _mlp(), (320, 784), 10),
-}
-WAYS = ("plain", "opacus", "taps")
+WAYS = ("plain", "opacus", "ghost", "fedward")
+"""Opacus twice: its stock hooks, and ghost clipping."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +52,20 @@ class StepResult:
     """One way of doing one row's step.
 
     Attributes:
-        milliseconds: CPU time of a step, the median.
+        milliseconds: CPU time of a step on one thread, the median.
         ratio: the median over repetitions of its time to the plain step's.
-        memory: MiB that a fresh process grows by in three steps; None if not measured.
+        thread_ratio: the same of the training thread alone, with a second core for the noise where that is
+            worth its while; None for ways that know of none.
+        wall_ratio: the same by the clock, which needs a machine with two cores that nobody else uses.
+        memory: MiB that a fresh process grows by in some steps; None if not measured.
     """
 
     work: str
     way: str
     milliseconds: float
     ratio: float
+    thread_ratio: float | None = None
+    wall_ratio: float | None = None
     memory: float | None = None
 
 
@@ -160,7 +77,7 @@ def measure_steps(
     tuned: bool = True,
     memory: bool = True,
 ) -> list[StepResult]:
-    """Measure each row in processes of its own, on one thread.
+    """Measure each row in processes of its own, on one thread. A way that can't do a row is left out of it.
 
     Args:
         names: of `WORKS`; `ways` of `WAYS`, "plain" first.
@@ -171,9 +88,19 @@ def measure_steps(
     for name in names:
         timed = _in_process(["time", name, str(repeats), *ways], tuned)
         for line in timed.splitlines():
-            way, milliseconds, ratio = line.split()
+            way, milliseconds, ratio, thread, wall = line.split()
             grown = float(_in_process(["memory", name, way], tuned)) if memory else None
-            found.append(StepResult(name, way, float(milliseconds), float(ratio), grown))
+            found.append(
+                StepResult(
+                    work=name,
+                    way=way,
+                    milliseconds=float(milliseconds),
+                    ratio=float(ratio),
+                    thread_ratio=float(thread) if way == "fedward" else None,
+                    wall_ratio=float(wall) if way == "fedward" else None,
+                    memory=grown,
+                )
+            )
     return found
 
 
@@ -184,116 +111,206 @@ def _in_process(arguments: Sequence[str], tuned: bool) -> str:
     return subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def step_of(work: Work, way: str) -> Step:
-    """One step, ready to be repeated on the same batch."""
-    torch.manual_seed(0)
-    features = torch.randn(work.shape)
-    labels = torch.randint(0, work.outputs, work.shape[:1])
-    network = work.network(way == "opacus")
-    if way == "plain":
-        return _plain(network, features, labels)
-    if way == "opacus":
-        return _opacus(network, features, labels)
-    return _taps(network, features, labels, work.records)
+class Invented:
+    """Random patients for a row, and shuffled batches of them."""
+
+    def __init__(self, work: Work) -> None:
+        torch.manual_seed(0)
+        self.size = work.shape[0]
+        count = BATCHES * self.size
+        self.features = torch.randn(count, *work.shape[1:])
+        self.labels = torch.randint(0, work.outputs, (count,))
+        self.patients = Patients(
+            self.features, self.labels, torch.arange(count // work.records + 1) * work.records
+        )
+        self._waiting = torch.empty(0, dtype=torch.int64)
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of the next batch."""
+        if not self._waiting.shape[0]:
+            self._waiting = torch.randperm(self.labels.shape[0])
+        chosen, self._waiting = self._waiting[: self.size], self._waiting[self.size :]
+        return self.features[chosen], self.labels[chosen]
 
 
-def _plain(network: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> Step:
+@contextmanager
+def step_of(work: Work, way: str, cores: int = 1) -> Iterator[Step]:
+    """One step, ready to be repeated.
+
+    Args:
+        cores: that fedward's may use; the others compute on the calling thread alone.
+    """
+    invented = Invented(work)
+    if way == "fedward":
+        with _fedward(work, invented, cores) as step:
+            yield step
+    else:
+        yield {"plain": _plain, "opacus": _opacus, "ghost": _ghost}[way](work, invented)
+
+
+def _plain(work: Work, invented: Invented) -> Step:
+    network = work.network(False)
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
-    records = torch.arange(len(labels))  # every way takes its batch by index
 
     def step() -> None:
+        features, labels = invented.batch()
         optimizer.zero_grad()
-        functional.cross_entropy(network(features[records]), labels[records]).backward()
+        functional.cross_entropy(network(features), labels).backward()
         optimizer.step()
 
     return step
 
 
-def _opacus(network: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> Step:
+def _opacus(work: Work, invented: Invented) -> Step:
     """Opacus's stock engine, with hooks; its noise is torch's."""
-    import warnings
-
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    module = GradSampleModule(network)
+    module = GradSampleModule(work.network(True))
     optimizer = DPOptimizer(
         torch.optim.SGD(module.parameters(), lr=LEARNING_RATE),
         noise_multiplier=NOISE_MULTIPLIER,
         max_grad_norm=CLIPPING_NORM,
-        expected_batch_size=len(labels),
+        expected_batch_size=invented.size,
     )
 
-    records = torch.arange(len(labels))
-
     def step() -> None:
+        features, labels = invented.batch()
         optimizer.zero_grad()
-        functional.cross_entropy(module(features[records]), labels[records]).backward()
+        functional.cross_entropy(module(features), labels).backward()
         optimizer.step()
 
     return step
 
 
-def _taps(network: nn.Module, features: torch.Tensor, labels: torch.Tensor, records: int) -> Step:
-    """The taps, with fedward's own noise."""
-    engine = TappedGradients(network, Objective(task="multi-class"))
-    patients = len(labels) // records
-    patient = torch.arange(patients).repeat_interleave(records)
-    batch = Batch(torch.arange(len(labels)), patient, torch.full((len(labels),), 1 / records), patients)
-    cohort = Patients(features, labels, torch.arange(patients + 1) * records)
-    stream = Seeded(0).stream("steps")
-    parameters = list(network.parameters())
-    sizes = [p.numel() for p in parameters]
+def _ghost(work: Work, invented: Invented) -> Step:
+    """Opacus's ghost clipping: two backward passes, and no gradient of a record."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    module = GradSampleModuleFastGradientClipping(
+        work.network(True), max_grad_norm=CLIPPING_NORM, use_ghost_clipping=True
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(module.parameters(), lr=LEARNING_RATE),
+        noise_multiplier=NOISE_MULTIPLIER,
+        max_grad_norm=CLIPPING_NORM,
+        expected_batch_size=invented.size,
+    )
+    loss = DPLossFastGradientClipping(module, optimizer, torch.nn.CrossEntropyLoss())
 
     def step() -> None:
-        total = engine.sum(cohort, batch, CLIPPING_NORM)
-        gradient = noised(total, NOISE_MULTIPLIER * CLIPPING_NORM, stream, divisor=patients)
-        with torch.no_grad():
-            for parameter, piece in zip(parameters, gradient.split(sizes), strict=True):
-                parameter.sub_(piece.view_as(parameter), alpha=LEARNING_RATE)
+        features, labels = invented.batch()
+        optimizer.zero_grad()
+        loss(module(features), labels).backward()
+        optimizer.step()
 
     return step
 
 
+@contextmanager
+def _fedward(work: Work, invented: Invented, cores: int) -> Iterator[Step]:
+    """As client/training takes it."""
+    expected = invented.size / work.records
+    plan = StepPlan(
+        sample_rate=1 / BATCHES,
+        clipping_norm=CLIPPING_NORM,
+        noise_multiplier=NOISE_MULTIPLIER,
+        divisor=expected,
+        max_records=work.records,
+        average_records=True,
+    )
+    network = work.network(False)
+    flat = FlatParameters(network, torch.device("cpu"))
+    engine = engine_of(network, Objective(task="multi-class"), expected)
+    step = flat_step(Optimizer(name="sgd", learning_rate=LEARNING_RATE), flat.trainable)
+    source = OperatingSystem()
+    sampling, noise = source.stream("sampling"), source.stream("noise")
+    with drawn_ahead(noise, engine.size, Cores(cores)) as normals:
+        yield lambda: private_step(engine, invented.patients, plan, step, sampling, normals)
+
+
 def _time(name: str, repeats: int, ways: Sequence[str]) -> None:
-    steps = {way: step_of(WORKS[name], way) for way in ways}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    counts = {}
-    for way, step in steps.items():
-        step()
-        step()
-        counts[way] = max(1, min(500, int(SECONDS / max(1e-5, _seconds(step, 1)))))
-    for _ in range(repeats):
-        for way, step in steps.items():
-            times[way].append(_seconds(step, counts[way]))
-    for way in ways:
-        ratios = [a / b for a, b in zip(times[way], times[ways[0]], strict=True)]
-        print(way, 1000 * statistics.median(times[way]), statistics.median(ratios))  # noqa: T201
+    """Print for each way that can: name, milliseconds, ratio; on two cores, the thread's and the clock's."""
+    cpu = _compared(WORKS[name], ways, repeats, time.process_time, cores=1)
+    able = [way for way in cpu if way in {"plain", "fedward"}]
+    thread = _compared(WORKS[name], able, repeats, time.thread_time, cores=2)
+    wall = _compared(WORKS[name], able, repeats, time.perf_counter, cores=2)
+    for way in cpu:
+        two = [_ratio(times, way) if way in times else 0.0 for times in (thread, wall)]
+        print(way, 1000 * statistics.median(cpu[way]), _ratio(cpu, way), *two)  # noqa: T201
 
 
-def _seconds(step: Step, count: int) -> float:
-    began = time.process_time()
+def _ratio(times: dict[str, list[float]], way: str) -> float:
+    first = next(iter(times.values()))
+    return statistics.median(a / b for a, b in zip(times[way], first, strict=True))
+
+
+def _compared(
+    work: Work, ways: Sequence[str], repeats: int, clock: Callable[[], float], cores: int
+) -> dict[str, list[float]]:
+    """Seconds of a step, of each repetition of each way that can do the work."""
+    with ExitStack() as stack:
+        steps, counts = dict[str, Step](), dict[str, int]()
+        for way in ways:
+            with suppress(NotImplementedError):  # ghost clipping has no rule for some layers
+                step = stack.enter_context(step_of(work, way, cores))
+                step()
+                counts[way] = max(1, min(500, int(SECONDS / max(1e-5, _seconds(step, 2, clock)))))
+                steps[way] = step
+        times: dict[str, list[float]] = {way: [] for way in steps}
+        for _ in range(repeats):
+            for way, step in steps.items():
+                times[way].append(_seconds(step, counts[way], clock))
+    return times
+
+
+def _seconds(step: Step, count: int, clock: Callable[[], float]) -> float:
+    began = clock()
     for _ in range(count):
         step()
-    return (time.process_time() - began) / count
+    return (clock() - began) / count
 
 
 def _memory(name: str, way: str) -> None:
-    step = step_of(WORKS[name], way)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)  # noqa: T201
+    with step_of(WORKS[name], way) as step:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = _mebibytes("VmRSS")
+        for _ in range(MEMORY_STEPS):
+            step()
+        print(_mebibytes("VmHWM") - before)  # noqa: T201
+
+
+def _mebibytes(field: str) -> float:
+    """Memory of this process now (VmRSS) or at its peak (VmHWM)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux: the peak stands for both
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+HEADER = ("work", "way", "ms", "÷ plain", "÷ plain, training thread", "÷ plain, clock", "MiB")
 
 
 def rows(results: Sequence[StepResult]) -> list[list[str]]:
-    """The table's cells: work, way, ms, ratio, MiB."""
+    """The table's cells; see `HEADER`."""
     return [
-        [WORKS[r.work].title, r.way, f"{r.milliseconds:.3f}", f"{r.ratio:.2f}",
-         "" if r.memory is None else f"{r.memory:.0f}"]
+        [
+            WORKS[r.work].title,
+            r.way,
+            f"{r.milliseconds:.3f}",
+            f"{r.ratio:.2f}",
+            "" if r.thread_ratio is None else f"{r.thread_ratio:.2f}",
+            "" if r.wall_ratio is None else f"{r.wall_ratio:.2f}",
+            "" if r.memory is None else f"{r.memory:.0f}",
+        ]
         for r in results
-    ]  # fmt: skip
+    ]
 
 
 def as_json(results: Sequence[StepResult]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from common.study import Study
 
 WIDTH, HIDDEN = 30, 64
 BATCH, STEPS = 32, 3
+PATIENTS = 100  # of a site
 LEARNING_RATE, CLIPPING_NORM = 0.1, 1.0
 _SEED = 20_240
 

@@ -1,9 +1,10 @@
-"""Flower's Grid without processes: messages go straight to the ClientApp, on a few threads."""
+"""Flower's Grid without processes: messages go straight to the ClientApp, on this thread or on a few."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
@@ -25,13 +26,28 @@ class InProcessGrid(Grid):
     Contents are handed over by reference: fedward's messages are immutable bytes.
 
     Args:
-        workers: sites that work at the same time.
+        workers: threads at most, each with its share of the sites.
+        together: sites of a thread whose messages are handed over at a time.
+        ahead: is told of those messages before the ClientApp is.
+        threads: how many threads the next messages deserve.
+        pulse: called whenever messages are sent.
     """
 
-    def __init__(self, client_app: ClientApp, sites: int, workers: int) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        sites: int,
+        workers: int,
+        *,
+        together: int = 1,
+        ahead: Callable[[Sequence[tuple[Message, Context]]], None] = lambda pairs: None,
+        threads: Callable[[], int] | None = None,
+        pulse: Callable[[], None] = lambda: None,
+    ) -> None:
         # Flower builds a message from the identity of the process that it believes to be in.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-        self._app = client_app
+        self._app, self._together, self._ahead = client_app, max(1, together), ahead
+        self._threads, self._pulse = threads or (lambda: workers), pulse
         self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="site")
         self._contexts = {
             1000 + i: Context(
@@ -39,7 +55,8 @@ class InProcessGrid(Grid):
             )
             for i in range(sites)
         }
-        self._pending: dict[str, Future[Message]] = {}
+        self._pending: dict[str, Future[list[Message]]] = {}
+        self._place: dict[str, int] = {}
         self._sent = 0
         self._run: Run | None = None
 
@@ -66,33 +83,62 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._pulse()
+        pushed = list(messages)
         ids = []
-        for message in messages:
+        for message in pushed:
             self._sent += 1
             message_id = f"message-{self._sent}"
             message.metadata.__dict__["_message_id"] = message_id
-            self._pending[message_id] = self._pool.submit(self._deliver, message)
             ids.append(message_id)
+        threads = max(1, min(self._threads(), len(pushed)))
+        for first in range(threads):
+            share = slice(first, None, threads)
+            work = self._begun(pushed[share], here=threads == 1)
+            for place, message_id in enumerate(ids[share]):
+                self._pending[message_id], self._place[message_id] = work, place
         return ids
 
-    def _deliver(self, message: Message) -> Message:
+    def _begun(self, messages: list[Message], *, here: bool) -> Future[list[Message]]:
+        """Work that is under way; that is over, if it is to be done here."""
+        if not here:
+            return self._pool.submit(self._deliver_all, messages)
+        done: Future[list[Message]] = Future()
+        done.set_result(self._deliver_all(messages))
+        return done
+
+    def _deliver_all(self, messages: list[Message]) -> list[Message]:
+        answers = []
+        for first in range(0, len(messages), self._together):
+            group = messages[first : first + self._together]
+            contexts = [self._contexts[message.metadata.dst_node_id] for message in group]
+            pairs = list(zip(group, contexts, strict=True))
+            with suppress(Exception):  # then each is answered on its own, and what went wrong shows there
+                self._ahead(pairs)
+            answers += [self._deliver(message, context) for message, context in pairs]
+        return answers
+
+    def _deliver(self, message: Message, context: Context) -> Message:
         try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
+            return self._app(message, context)
         except Exception as error:
             failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=str(error))
             return Message(failure, reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        asked = {i: self._pending[i] for i in message_ids if i in self._pending}
-        done, _ = wait(asked.values(), timeout=LONGEST_WAIT, return_when=FIRST_COMPLETED)
-        return [self._pending.pop(i).result() for i, future in asked.items() if future in done]
+        asked = [i for i in message_ids if i in self._pending]
+        wait({self._pending[i] for i in asked}, timeout=LONGEST_WAIT, return_when=FIRST_COMPLETED)
+        return [self._taken(i) for i in asked if self._pending[i].done()]
+
+    def _taken(self, message_id: str) -> Message:
+        return self._pending.pop(message_id).result()[self._place.pop(message_id)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         ids = list(self.push_messages(messages))
-        wait([self._pending[i] for i in ids], timeout=timeout)
-        return [self._pending.pop(i).result() for i in ids if self._pending[i].done()]
+        wait({self._pending[i] for i in ids}, timeout=timeout)
+        return [self._taken(i) for i in ids if self._pending[i].done()]
 
     def close(self) -> None:
         """End the threads once their work is done."""

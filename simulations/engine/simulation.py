@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from client import door
+from client import door, stacking
 from client.app import app as client_app
+from client.app import request_of
 from common.errors import SiteError
 from common.study import Study
 from server.app import app as server_app
 from server.sessions import new_session_id
 from server.store import Settings, Store
 from simulations.engine.inprocess import RUN_ID, InProcessGrid
-from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, warm_capacity
+from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, site_index, warm_capacity
+from simulations.engine.together import Pace
 
 PROGRESS_PAUSE = 0.2  # seconds between looks at the store
 
@@ -25,7 +28,7 @@ PROGRESS_PAUSE = 0.2  # seconds between looks at the store
 @dataclass(frozen=True)
 class SimulationSettings:
     """Attributes:
-    workers: sites that work at the same time.
+    workers: threads at most; where a training step is short, one thread does it all, and faster.
     seed: of everything random, for a run that repeats; None takes the operating system's randomness.
     exact_metrics: evaluate without noise, on data that is public anyway.
     memory_bytes: sites stay in memory while their data is estimated to fit in this.
@@ -105,35 +108,42 @@ def simulate(
     simulation = prepare(study, sites, run, settings)
     places = simulation.places
     workers = max(1, min(settings.workers, len(places)))
-    pool = VaultPool(places, settings.seed, warm_capacity(places, workers, settings.memory_bytes))
-    grid = InProcessGrid(client_app, len(places), workers)
+    capacity = warm_capacity(places, workers, settings.memory_bytes)
+    pace = Pace(stacking.together, workers)
+    pool = VaultPool(places, settings.seed, capacity, pace)
+    grid = InProcessGrid(
+        client_app,
+        len(places),
+        workers,
+        together=capacity // workers,
+        ahead=lambda pairs: pool.ahead([(site_index(c.node_config), request_of(m)) for m, c in pairs]),
+        threads=pace.threads,
+        pulse=_told_now_and_then(simulation, watch),
+    )
     config = {"store": str(run / "store"), "session": simulation.session, "volatile": True}
     context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     door.install(pool.resolve)
+    gc.freeze()  # all that was imported: to look through it for garbage takes longer than many rounds
     try:
-        _watched(lambda: server_app(grid, context), simulation, watch)
+        server_app(grid, context)
     finally:
+        gc.unfreeze()
         grid.close()
         door.install(None)
         pool.close()
+        watch(simulation.store.rounds_done(simulation.session))
     return simulation
 
 
-def _watched(work: Callable[[], None], simulation: Simulation, watch: Callable[[int], None]) -> None:
-    """Do `work` on a thread of its own while `watch` is told how far it is."""
-    failure: list[BaseException] = []
+def _told_now_and_then(simulation: Simulation, watch: Callable[[int], None]) -> Callable[[], None]:
+    """Tells `watch` how far the session is, at most once in `PROGRESS_PAUSE`."""
+    last = 0.0
 
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failure.append(error)
+    def pulse() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now >= last + PROGRESS_PAUSE:
+            last = now
+            watch(simulation.store.rounds_done(simulation.session))
 
-    thread = threading.Thread(target=run, name="coordinator", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(PROGRESS_PAUSE)
-        watch(simulation.store.rounds_done(simulation.session))
-    watch(simulation.store.rounds_done(simulation.session))
-    if failure:
-        raise failure[0]
+    return pulse

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from client.door import Answer
 from client.policy import approval_of, approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault
+from client.tasks import Working
 from client.vault import Vault
 from common.errors import PolicyForbids, SiteError
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
 from common.study import Study
+from simulations.engine.together import Do, Outcome, answered, one_by_one
 
 SITE_KEY = "site-index"
 # A simulated cohort's lifetime, unless a policy lies in its state folder already: one study fits.
@@ -36,6 +39,10 @@ class SitePlace:
     state: Path
 
     def folder(self) -> SiteFolder:
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> SiteFolder:
         return SiteFolder(self.root, self.state)
 
 
@@ -54,7 +61,7 @@ def find_sites(sites: Path, states: Path) -> tuple[SitePlace, ...]:
     if not roots:
         raise SiteError(f"{sites}: no folder in it has a site.toml", remedy="give the folder of sites")
     names = [SiteFolder(root).name for root in roots]
-    twice = {name for name in names if names.count(name) > 1}
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise SiteError(f"{sites}: two sites are named {sorted(twice)[0]}", remedy="give each its own name")
     return tuple(SitePlace(root, states / name) for root, name in zip(roots, names, strict=True))
@@ -73,23 +80,25 @@ def admit(place: SitePlace, study: Study, public: bool) -> None:
     folder = place.folder()
     make_site_keys(folder)
     if not folder.policy_path.exists():
-        set_policy(folder, {"cohort": {"epsilon": AMPLE_EPSILON, "delta": AMPLE_DELTA}})
+        ample = {"epsilon": AMPLE_EPSILON, "delta": AMPLE_DELTA}
+        set_policy(folder, {"cohort": ample}, durable=False)
     policy = load_policy(folder)
     if policy.standing(study.digest) is not None:
         return
     wanted = approval_of(study, "simulation", public=public or not study.private)
     plan = plan_study(study, folder.file.site.public_size, policy.limits(wanted))
     with suppress(PolicyForbids):  # then the vault refuses, as a real one would
-        approve(folder, study, wanted, plan)
+        approve(folder, study, wanted, plan, durable=False)
 
 
 def open_simulated(place: SitePlace, seed: int | None) -> Vault:
     """A site's vault as a simulation runs it: seeded if asked, its ledger not synced to disk."""
     folder = place.folder()
     if seed is None:
-        return open_vault(folder, durable=False)
+        return open_vault(folder, durable=False, prompt=False)
     seeded = Seeded(seed)
-    return open_vault(folder, randomness=seeded, split_key=seeded.key("split", folder.name), durable=False)
+    split = seeded.key("split", folder.name)
+    return open_vault(folder, randomness=seeded, split_key=split, durable=False, prompt=False)
 
 
 class VaultPool:
@@ -97,39 +106,76 @@ class VaultPool:
 
     Args:
         capacity: vaults kept open at a time, at least 1; a busy one is never closed.
+        do: trains and evaluates; see `simulations.engine.together`.
     """
 
-    def __init__(self, places: tuple[SitePlace, ...], seed: int | None, capacity: int) -> None:
+    def __init__(
+        self, places: tuple[SitePlace, ...], seed: int | None, capacity: int, do: Do = one_by_one
+    ) -> None:
         self._places, self._seed, self._capacity = places, seed, max(1, capacity)
+        self._do = do
         self._open: OrderedDict[int, Vault] = OrderedDict()
         self._busy: set[int] = set()
+        self._ready: dict[int, tuple[bytes, Outcome]] = {}
         self._changed = threading.Condition()
 
     def resolve(self, node_config: Mapping[str, object]) -> Answer:
         """The vault of a node (see `client.door.install`)."""
-        index = int(str(node_config[SITE_KEY]))
+        index = site_index(node_config)
         return lambda request: self._answer(index, request)
 
+    def ahead(self, requests: Sequence[tuple[int, bytes]]) -> None:
+        """Answer the requests of some sites side by side, and keep each answer until its site is asked.
+
+        Args:
+            requests: site and request; of several for one site only the first is answered ahead.
+        """
+        first: dict[int, bytes] = {}
+        for index, request in requests:
+            first.setdefault(index, request)
+        failed: dict[int, Outcome] = {}
+        working: dict[int, Working] = {}
+        taken: dict[int, Vault | None] = {}
+        try:
+            for index in sorted(first):  # in one order, so that two threads never wait for each other
+                vault = taken[index] = self._take(index)
+                try:
+                    vault = taken[index] = vault or open_simulated(self._places[index], self._seed)
+                    working[index] = vault.working(first[index])
+                except Exception as error:
+                    failed[index] = error
+            outcomes = answered(working, self._do)
+        finally:
+            for index, vault in taken.items():
+                self._give_back(index, vault)
+        self._ready |= {i: (first[i], outcome) for i, outcome in (failed | outcomes).items()}
+
     def _answer(self, index: int, request: bytes) -> bytes:
+        known = self._ready.pop(index, None)
+        if known is None or known[0] is not request:
+            self.ahead([(index, request)])
+            known = self._ready.pop(index)
+        outcome = known[1]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _take(self, index: int) -> Vault | None:
         with self._changed:
             self._changed.wait_for(lambda: index not in self._busy)
             self._busy.add(index)
             vault = self._open.pop(index, None)
-            self._make_room()
-        try:
-            vault = vault or open_simulated(self._places[index], self._seed)
-            return vault.answer(request)
-        finally:
-            with self._changed:
-                self._busy.discard(index)
-                if vault is not None:
-                    self._open[index] = vault
-                self._changed.notify_all()
+            while self._open and len(self._open) + len(self._busy) > self._capacity:
+                _, oldest = self._open.popitem(last=False)
+                oldest.close()
+        return vault
 
-    def _make_room(self) -> None:
-        while self._open and len(self._open) + len(self._busy) > self._capacity:
-            _, oldest = self._open.popitem(last=False)
-            oldest.close()
+    def _give_back(self, index: int, vault: Vault | None) -> None:
+        with self._changed:
+            self._busy.discard(index)
+            if vault is not None:
+                self._open[index] = vault
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Close every vault."""
@@ -138,7 +184,13 @@ class VaultPool:
         self._open.clear()
 
 
+def site_index(node_config: Mapping[str, object]) -> int:
+    """The number of a simulated node's site."""
+    return int(str(node_config[SITE_KEY]))
+
+
 def warm_capacity(places: tuple[SitePlace, ...], workers: int, memory_bytes: int) -> int:
     """How many sites may stay in memory: all, if their data fits; else one for each worker."""
-    size = sum(p.folder().data_path.stat().st_size for p in places if p.folder().data_path.exists())
+    paths = [place.folder().data_path for place in places]
+    size = sum(path.stat().st_size for path in paths if path.exists())
     return len(places) if size * DATA_GROWTH <= memory_bytes else workers

@@ -12,6 +12,7 @@ from torch import nn
 
 from client.cohort import Patients
 from client.dpsgd import Batch
+from client.rowwise import CLIPPING_MARGIN
 from client.taps import TappedGradients
 from common.objectives import record_losses
 from common.study import Objective
@@ -78,7 +79,7 @@ def gradients_by_hand(network: nn.Module, cohort: Patients, batch: Batch,
 
 def clipped_by_hand(gradients: torch.Tensor, C: float) -> torch.Tensor:
     norms = gradients.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    return (gradients * (C / norms).clamp(max=1.0)).sum(dim=0)
+    return (gradients * (C * (1 - CLIPPING_MARGIN) / norms).clamp(max=1.0)).sum(dim=0)
 
 
 def clip_between(gradients: torch.Tensor) -> list[float]:
@@ -100,6 +101,7 @@ def assert_exact(network: nn.Module, cohort: Patients, batch: Batch, *, memory: 
         found = engine.sum(cohort, batch, C)
         expected = clipped_by_hand(gradients, C)
         assert found.shape == expected.shape
+        assert found.dtype == torch.float64
         error = float((found.double() - expected).abs().max())
         assert error <= tolerance * float(expected.abs().max()) + 1e-12, (error, C)
         assert not found.requires_grad

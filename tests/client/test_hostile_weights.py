@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import small
 import torch
+from tapped import one_thread
 from torch import nn
+from torch.nn import functional
 
-from client import dpsgd, training
+from client import dpsgd
 from client.blocks import LANES, filled, layout
 from client.cohort import Cohort, Patients
 from client.dpsgd import ClippedGradients, batch_of
+from client.taps import TappedGradients, products
+from client.taps.company import Seats
 from client.training import Trainer
 from common.models import parameter_arrays
 from common.privacy.plan import plan_study
 
+__all__ = ["one_thread"]  # a fixture that pytest finds here
 CODES = 5  # of each category, one-hot encoded
 TRIALS = 60
 
@@ -97,11 +106,162 @@ def as_they_come(lanes: torch.Tensor, size: int) -> list[tuple[torch.Tensor, tor
 
 
 def test_without_blocks_these_tests_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (dpsgd, training):
-        monkeypatch.setattr(module, "layout", as_they_come)
-        monkeypatch.setattr(module, "filled", lambda values, rows, size: values)
+    monkeypatch.setattr(dpsgd, "layout", as_they_come)
+    monkeypatch.setattr(dpsgd, "filled", lambda values, rows, size: values)
     assert max(changes_of_sums()) > 1.01
-    assert max(changes_of_histograms()) > 1.01
+
+
+# --- through the taps
+
+CATEGORIES = 4  # of one record, or of each of its positions
+WIDTH = CODES * CATEGORIES
+
+
+def hostile_row(random: np.random.Generator, scale: float, places: int = 1) -> tuple[torch.Tensor, float]:
+    """Weights [WIDTH] of one-hot codes at so many places, and the bias that makes their sum nothing."""
+    weights = np.repeat(random.normal(size=CATEGORIES) * scale, CODES).astype(np.float32)
+    return torch.from_numpy(weights), -places * float(weights[::CODES].astype(np.float64).sum())
+
+
+def made_hostile(random: np.random.Generator, weight: torch.Tensor, bias: torch.Tensor, scale: float) -> None:
+    """All outputs of [outputs, WIDTH, places …] or [outputs, WIDTH] cancel, each in its own way."""
+    with torch.no_grad():
+        for output in range(len(weight)):
+            row, offset = hostile_row(random, scale, weight[output, 0].numel())
+            weight[output] = row.view(-1, *[1] * (weight.dim() - 2))
+            bias[output] = offset
+
+
+class Reading(nn.Module):
+    """A layer of sequences, and a head that reads its last outputs."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+        outputs: torch.Tensor = self.head(self.layer(*inputs)[0][:, -1])
+        return outputs
+
+
+class Block(nn.Module):
+    """A residual block whose first convolution is hostile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(WIDTH, 6, 3, padding=1), nn.GroupNorm(2, 6)
+        self.second, self.head = nn.Conv2d(6, WIDTH, 3, padding=1), nn.Linear(WIDTH * 9, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = x + self.second(self.norm(self.first(x)).relu())
+        outputs: torch.Tensor = self.head(found.flatten(1))
+        return outputs
+
+
+Made = tuple[nn.Module, tuple[int, ...]]
+"""A network, and the shape of positions at which a record has its codes."""
+
+
+def convolutional(random: np.random.Generator, scale: float, layer: Any, sides: tuple[int, ...]) -> Made:
+    first = layer(WIDTH, 3, sides)
+    made_hostile(random, first.weight, first.bias, scale)
+    return nn.Sequential(first, nn.Flatten(), nn.Linear(3, 1)), sides
+
+
+def sequential(random: np.random.Generator, scale: float, layer: nn.Module) -> Made:
+    if isinstance(layer, nn.MultiheadAttention):
+        made_hostile(random, layer.in_proj_weight, layer.in_proj_bias, scale)
+        return Reading(layer, WIDTH), (6,)
+    made_hostile(random, layer.weight_ih_l0, layer.bias_ih_l0, scale)
+    return Reading(layer, 7), (6,)
+
+
+def dense(random: np.random.Generator, scale: float, outputs: int) -> Made:
+    layers = [nn.Linear(WIDTH, outputs)] + [nn.Linear(outputs, 1)] * (outputs > 1)
+    made_hostile(random, layers[0].weight, layers[0].bias, scale)
+    return nn.Sequential(*layers), ()
+
+
+def residual(random: np.random.Generator, scale: float) -> Made:
+    network = Block()
+    made_hostile(random, network.first.weight, network.first.bias, scale)
+    return network, (3, 3)
+
+
+def looking_up(random: np.random.Generator, scale: float) -> Made:
+    """Records are codes; a table of unit vectors makes them one-hot."""
+    table, (head, _) = nn.EmbeddingBag(WIDTH, WIDTH, mode="sum"), dense(random, scale, 1)
+    with torch.no_grad():
+        table.weight.copy_(torch.eye(WIDTH))
+    return nn.Sequential(table, head), ()
+
+
+NETWORKS: dict[str, Callable[[np.random.Generator, float], Made]] = {
+    "linear": lambda r, s: dense(r, s, 1),
+    "mlp": lambda r, s: dense(r, s, 9),
+    "conv2d": lambda r, s: convolutional(r, s, nn.Conv2d, (3, 2)),
+    "conv3d": lambda r, s: convolutional(r, s, nn.Conv3d, (2, 2, 3)),
+    "gru": lambda r, s: sequential(r, s, nn.GRU(WIDTH, 7, batch_first=True)),
+    "lstm": lambda r, s: sequential(r, s, nn.LSTM(WIDTH, 7, batch_first=True)),
+    "rnn": lambda r, s: sequential(r, s, nn.RNN(WIDTH, 7, batch_first=True)),
+    "attention": lambda r, s: sequential(r, s, nn.MultiheadAttention(WIDTH, 4, batch_first=True)),
+    "residual": residual,
+    "embedding": looking_up,
+}
+
+
+def codes_of(random: np.random.Generator, name: str, records: int, places: tuple[int, ...]) -> torch.Tensor:
+    """One-hot codes at each place, channels first for convolutions; the codes themselves for a table."""
+    if name == "embedding":
+        return torch.from_numpy(
+            random.integers(0, CODES, (records, CATEGORIES)) + CODES * np.arange(CATEGORIES)
+        )
+    flat = one_hot(random, records * math.prod(places), WIDTH).view(records, *places, WIDTH)
+    return flat.movedim(-1, 1).contiguous() if name in ("conv2d", "conv3d", "residual") else flat
+
+
+def changes_of_taps(name: str, trials: int) -> list[float]:
+    """How far the sum moves when one patient goes, and that nobody's outputs move."""
+    found = []
+    for seed in range(trials):
+        random = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        network, places = NETWORKS[name](random, 10.0 ** random.integers(5, 13))
+        counts = random.integers(1, 5 if seed % 2 else 2, int(random.integers(5, 60)))
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+        features = codes_of(random, name, int(counts.sum()), places)
+        patients = Patients(features, torch.from_numpy(random.integers(0, 2, len(features))), offsets)
+        engine = TappedGradients(network, small.study().objective)
+        everyone, out = np.arange(len(counts)), int(random.integers(len(counts)))
+        plan = small.step_plan()
+        sums = [
+            engine.sum(patients, batch_of(patients, who, plan, None), 1.0)  # type: ignore[arg-type]
+            for who in (everyone, np.delete(everyone, out))
+        ]
+        found.append(float((sums[0] - sums[1]).norm()))
+        kept = torch.ones(len(features), dtype=torch.bool)
+        kept[int(offsets[out]) : int(offsets[out + 1])] = False
+        outputs = engine.outputs(features)
+        same = torch.equal(outputs[kept].nan_to_num(7.0), engine.outputs(features[kept]).nan_to_num(7.0))
+        found.append(0.0 if same else math.inf)
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tapped_sum_moves_by_no_more_than_a_patient(name: str) -> None:
+    assert max(changes_of_taps(name, 10)) <= 1.0
+
+
+def test_without_tiles_this_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "rows_product", functional.linear)
+    monkeypatch.setattr(Seats, "seated", lambda self, records: (records, slice(None)))
+    found = changes_of_taps("linear", 16)
+    assert max(found[::2]) > 1.01
+    assert max(found[1::2]) > 1.01
+
+
+# --- blocks and lanes
 
 
 @pytest.mark.parametrize("widths", [(30, 64, 1), (30, 7, 3), (31, 10, 5), (3, 8, 2), (784, 128, 10)])

@@ -14,7 +14,7 @@ from small import grant, policy_of, reservation, session_plan
 
 from client import ledger as module
 from client.account import Spending, read_account, spending
-from client.ledger import KEPT_REPLIES, Ledger, check_head, head_path, read_head
+from client.ledger import KEPT_REPLIES, LARGEST_HELD, Ledger, check_head, head_path, read_head
 from client.policy import Policy
 from client.reservation import Reservation
 from common import journal
@@ -537,3 +537,45 @@ def test_an_entry_says_all_that_a_round_costs(tmp_path: Path) -> None:
     assert [Reservation.of(json.loads(json.dumps(b))) for b in bodies] == wanted
     assert bodies[1]["training"]["noise_multiplier"] == 4.0
     assert {"policy", "withdrawn", "request", "public_size", "protective"} <= bodies[0].keys()
+
+
+def test_replies_that_wait_are_there_and_kept_in_the_end(tmp_path: Path) -> None:
+    def book() -> Ledger:
+        return Ledger(
+            path_of(tmp_path), tmp_path / "ledger" / "replies", key=KEY, durable=False, prompt=False
+        )
+
+    first = book()
+    for number in (1, 2, 3):
+        wanted = reservation("s", number)
+        first.reserve(wanted, grant(), policy_of(grant()))
+        first.commit(wanted, b"reply %d" % number, "0" * 64)
+    assert first.stored_reply("s", 3, reservation("s", 3).request) == b"reply 3"
+    assert list((tmp_path / "ledger" / "replies").iterdir()) == []
+    with pytest.raises(Refused, match="no longer kept"):
+        first.stored_reply("s", 1, reservation("s", 1).request)
+    first.close()
+    again = book()
+    assert again.stored_reply("s", 2, reservation("s", 2).request) == b"reply 2"
+    assert again.stored_reply("s", 3, reservation("s", 3).request) == b"reply 3"
+    big = reservation("s", 4)
+    again.reserve(big, grant(), policy_of(grant()))
+    again.commit(big, bytes(LARGEST_HELD + 1), "0" * 64)
+    assert len(list((tmp_path / "ledger" / "replies").iterdir())) == 2  # the large one, and that of round 3
+    again.close()
+
+
+def test_what_is_spent_follows_every_entry(tmp_path: Path) -> None:
+    """The running sums are those of all reservations that stand."""
+    book, policy = opened(tmp_path), policy_of(grant())
+    for session in ("a", "b"):
+        for number in (1, 2):
+            book.reserve(reservation(session, number), grant(), policy)
+    book.abandon(reservation("b", 1))
+    two = book.account.spending(reservation("a", 1).study)
+    assert (two.sessions, two.rounds) == (2, 3)
+    book.abandon(reservation("b", 2))
+    one = book.account.spending(reservation("a", 1).study)
+    assert (one.sessions, one.rounds, one.epsilon) == (1, 2, reservation("a", 1).epsilon)
+    book.close()
+    assert read_account(path_of(tmp_path)).spending(reservation("a", 1).study) == one

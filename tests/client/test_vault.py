@@ -22,6 +22,7 @@ from client.policy import Policy, approval_of, approve, load_policy, revoke, sav
 from client.settings import SiteFolder
 from client.site import open_vault
 from client.vault import Vault
+from common.cells import dense
 from common.errors import DataError, LedgerError, SiteError
 from common.journal import read_journal
 from common.keys import read_public_key
@@ -470,7 +471,7 @@ def test_an_unforeseen_error_says_nothing(
 def test_a_failure_in_the_middle_leaves_nothing_in_the_warm_model(
     folder: SiteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opacus keeps per-record gradients and adds the next ones to them."""
+    """What an engine keeps from step to step must not be half of a step."""
     allow(folder, WANTED)
     clean = open_vault(folder, randomness=Seeded(1), durable=False)
     expected = answered(clean, job(number=2)).update
@@ -484,7 +485,7 @@ def test_a_failure_in_the_middle_leaves_nothing_in_the_warm_model(
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("client.dpsgd.ClippedGradients._per_patient", failing)
+        patched.setattr("client.linear.LinearGradients._many_each", failing)
         assert refused(vault, job()) == "unavailable"
     found = answered(vault, job(number=2)).update
     assert all((found[n] == expected[n]).all() for n in expected)
@@ -605,7 +606,7 @@ def test_a_public_cohort_may_be_exact(vault: Vault, folder: SiteFolder) -> None:
     allow(folder, WANTED, public=True)
     told = answered(vault, job(number=4, metrics="exact"))
     assert told.header.exact
-    assert told.metrics["scores"].shape == (2, EXACT_BINS)
+    assert dense(told.metrics)["scores"].shape == (2, EXACT_BINS)
     assert told.header.evaluation is None
 
 

@@ -366,3 +366,40 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "nowhere" / "book") == []
     with pytest.raises(LedgerError):
         read_journal(tmp_path)
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_entries_that_wait_are_written_in_the_end(tmp_path: Path, key: SigningKey | None) -> None:
+    path = tmp_path / "book"
+    book = Journal(path, durable=False, key=key, prompt=False)
+    heads = [book.append("note", {"number": i, "text": "ä\n"}).hash for i in range(3)]
+    assert book.head == heads[-1]
+    assert path.read_bytes() == b""
+    book.close()
+    assert [e.hash for e in read_journal(path, key and key.public)] == heads
+    again = Journal(path, durable=False, key=key, prompt=False)
+    for i in range(module.MOST_WAITING):
+        again.append("note", {"number": i})
+    assert len(read_journal(path, key and key.public)) == 3 + module.MOST_WAITING
+    again.close()
+
+
+def test_a_durable_journal_lets_nothing_wait(tmp_path: Path) -> None:
+    book = Journal(tmp_path / "book", prompt=False)
+    book.append("note", {})
+    assert len(read_journal(tmp_path / "book")) == 1
+    book.close()
+
+
+def test_a_journal_that_could_not_write_takes_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = Journal(tmp_path / "book", durable=False, prompt=False)
+    book.append("note", {})
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "write", lambda descriptor, content: 0)
+        with pytest.raises(LedgerError, match="cannot be written"):
+            book.close()
+    with pytest.raises(LedgerError, match="closed"):
+        book.append("note", {})
+    assert read_journal(tmp_path / "book") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import struct
 import tracemalloc
 from typing import Any
@@ -27,10 +28,12 @@ from common.messages import (
     RefusalHeader,
     Reply,
     ReplyHeader,
+    as_safetensors,
     asked,
     decode,
     encode,
     released,
+    sealed,
 )
 from common.privacy.mechanism import GaussianRelease, SubsampledGaussian
 
@@ -416,3 +419,33 @@ def test_a_released_digest_by_hand() -> None:
         head = json.dumps([name, kind, shape], separators=(",", ":")).encode()
         expected.update(len(head).to_bytes(8, "little") + head + content)
     assert released(update, {"n": np.array([-3])}) == expected.hexdigest()
+
+
+FORMS = st.dictionaries(
+    st.text(min_size=1, max_size=8),
+    st.builds(
+        lambda kind, shape: np.arange(int(np.prod(shape))).reshape(shape).astype(kind),
+        st.sampled_from(["float32", "float64", "int64"]),
+        st.lists(st.integers(0, 4), max_size=3),
+    ),
+    max_size=5,
+)
+
+
+@given(arrays=FORMS, header=st.text(max_size=30))
+def test_messages_are_written_as_safetensors_writes_them(arrays: dict[str, np.ndarray], header: str) -> None:
+    assert as_safetensors(arrays, header) == save(arrays, metadata={HEADER: header})
+    assert as_safetensors(arrays) == save(arrays)
+
+
+def test_a_sealed_message_is_its_bytes_and_is_not_read_again() -> None:
+    header = JobHeader(session="one", round=1, study="0" * 64)
+    job = Job(header, {"w": np.ones((2, 3), dtype=np.float32)})
+    content = sealed(job)
+    assert content == encode(job)
+    assert decode(content) is job
+    arrived = pickle.loads(pickle.dumps(content))
+    assert type(arrived) is bytes
+    assert decode(arrived) is not job
+    assert asked(decode(arrived)) == asked(job) == job.asked
+    assert type(decode(bytes(content)).header) is JobHeader

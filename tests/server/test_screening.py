@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import classes, study
 
+from common.cells import packed
 from common.errors import MessageError
 from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, ReplyHeader, encode
 from common.metrics import EXACT_BINS, histogram_shapes
@@ -41,7 +42,8 @@ def honest(wanted: Study, number: int = 2, **changes: Any) -> Reply:
         "evaluation": COST if wanted.private and evaluates and not exact else None, **changes,
     }  # fmt: skip
     update = job.parameters if number <= wanted.algorithm.rounds else {}
-    return Reply(ReplyHeader(**header), update, {n: np.ones(s) for n, s in shapes.items()})
+    sums = {n: np.ones(s) for n, s in shapes.items()}
+    return Reply(ReplyHeader(**header), update, packed(sums) if exact else sums)
 
 
 @pytest.mark.parametrize("wanted", [BINARY, MULTI], ids=["binary", "multi"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,3 +160,31 @@ def test_certificates_are_kept_by_session_and_site(store: Store) -> None:
     store.keep_certificate("two", "ash", "j.k.l")
     assert Store(store.root).certificates("one") == {"ash": "g.h.i", "birch": "d.e.f"}
     assert store.certificates("two") == {"ash": "j.k.l"}
+
+
+def test_a_held_connection_serves_its_thread_and_other_threads_have_their_own(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    real = sqlite3.connect
+
+    def counted(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        opened.append(threading.get_ident())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr("server.store.sqlite3.connect", counted)
+    with store.held():
+        for number in (1, 2):
+            store.record("one", number, {}, ())
+        seen: list[int] = []
+        reader = threading.Thread(target=lambda: seen.append(store.rounds_done("one")))
+        reader.start()
+        reader.join()
+        assert seen == [2]
+        with pytest.raises(sqlite3.IntegrityError):
+            store.record("one", 2, {}, ())
+        assert store.rounds_done("one") == 2
+    assert opened.count(threading.get_ident()) == 1
+    assert len(opened) == 2
+    assert store.rounds_done("one") == 2
+    assert len(opened) == 3

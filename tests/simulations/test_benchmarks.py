@@ -11,12 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from simulations.benchmarks import deployment
-from simulations.benchmarks.loop import compare_loop
 from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing
 from simulations.benchmarks.noise import Network, compare_noise
-from simulations.benchmarks.plain import run_loop
 from simulations.benchmarks.sites import compare_sites, peak_bytes
-from simulations.benchmarks.workload import benchmark_study, write_sites
+from simulations.benchmarks.workload import write_sites
 from simulations.cli import app
 from simulations.engine.sites import find_sites
 
@@ -45,26 +43,12 @@ def test_ratios_are_of_medians_to_the_first() -> None:
     assert told[1]["runs"] == 1
 
 
-def test_the_loop(tmp_path: Path) -> None:
-    public, private = compare_loop(tmp_path, sites=2, rounds=2, repeats=1)
-    engines = ["fedward, one worker", "fedward, two workers"]
-    check(public, ["plain loop", "plain loop, DataLoader", *engines])
-    check(private, ["plain loop with Opacus", *engines])
-
-
-def test_the_plain_loop_learns(tmp_path: Path) -> None:
-    """It takes the steps that it says: a loop that did nothing would be a poor reference."""
-    sites = write_sites(tmp_path, 2, 40)
-    for private in (False, True):
-        timing = run_loop(benchmark_study(3, private=private), sites)
-        assert timing.rounds == 3
-        assert timing.total > 0
-
-
 def test_sites(tmp_path: Path) -> None:
-    found = compare_sites(tmp_path, counts=(1, 2), rounds=2, repeats=1)
-    check(found, ["1 sites", "2 sites"])
-    for result in found.results:
+    private = compare_sites(tmp_path / "private", counts=(1, 2), rounds=2, repeats=1)
+    public = compare_sites(tmp_path / "public", counts=(1,), rounds=2, repeats=1, private=False)
+    check(private, ["1 sites", "2 sites"])
+    check(public, ["1 sites"])
+    for result in (*private.results, *public.results):
         assert 50 < result.more["MiB at peak"] < 50_000
     assert peak_bytes() > 0
 
@@ -75,7 +59,7 @@ def test_sites_are_sound(tmp_path: Path) -> None:
 
 
 def test_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.dpsgd.DRAWN_AHEAD", 500)
+    monkeypatch.setattr("client.ahead.DRAWN_AHEAD", 500)
     monkeypatch.setattr("simulations.benchmarks.noise.DRAWN_AHEAD", 500)
     threads = torch.get_num_threads()
     networks = (Network(5, (3,), 4), Network(50, (10,), 4))
@@ -95,26 +79,6 @@ def test_the_deployment(tmp_path: Path) -> None:
     if not deployment.available():
         pytest.skip("nginx is not installed")
     check(deployment.compare_deployment(tmp_path, sites=1, rounds=2), ["in one process", "deployed"])
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = Timing(1.0, 0.1, 5)
-    made = Comparison("loop", "A loop", (Result("plain", (timing,)), Result("ours", (timing,))))
-    asked: list[dict[str, object]] = []
-
-    def fake(work: Path, **options: object) -> tuple[Comparison, ...]:
-        assert work.is_dir()
-        asked.append(options)
-        return (made,)
-
-    monkeypatch.setattr("simulations.benchmarks.loop.compare_loop", fake)
-    told = CliRunner().invoke(app, ["benchmark", "loop", "--rounds", "5", "--json"])
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout) == {"benchmarks": [made.as_json()]}
-    assert asked == [{"rounds": 5, "repeats": 5, "ray": False}]
-    shown = CliRunner().invoke(app, ["benchmark", "loop"])
-    assert "A loop" in shown.stdout
-    assert CliRunner().invoke(app, ["benchmark", "nonsense"]).exit_code == 2
 
 
 def test_the_command_for_noise(monkeypatch: pytest.MonkeyPatch) -> None:

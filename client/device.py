@@ -1,0 +1,26 @@
+"""Where a site computes: its processor, or a CUDA device. Noise is always drawn on the processor."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from common.errors import SiteError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def resolve(wanted: Device) -> torch.device:
+    """The device: `auto` is CUDA where there is one.
+
+    Raises:
+        SiteError: if CUDA is asked for, and there is none.
+    """
+    present = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise SiteError(
+            'device = "cuda": this machine has no CUDA device that torch can use',
+            remedy='install a build of torch with CUDA and its driver, or say device = "cpu"',
+        )
+    return torch.device("cuda" if present else "cpu")

@@ -1,0 +1,38 @@
+"""Matrix products whose every row is the same bit for bit, whoever the other rows belong to.
+
+The last bits of a matrix product depend on the matrix's size and on a row's place in it. Weights chosen for
+it (sums that cancel, many times enlarged) turn such a bit into anything, so that one patient more would
+change what others add. Here the rows go through in tiles of one size, and the outputs are as many as fill
+the processor's vectors: then a row's result depends on nothing but the row and the weights (tests/client/
+test_rowwise, on the machine at hand).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+TILE = 32  # rows
+VECTOR = 16  # float32 numbers in the widest register
+
+CLIPPING_MARGIN = 2.0**-8
+"""Of C, what a patient is clipped below it: room for the rounding of norms and of sums in float32, so that
+one patient more or less changes a sum by at most C all the same. Each engine says how much it needs."""
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weightᵀ, [rows, outputs].
+
+    Args:
+        x: [rows, inputs].
+        weight: [outputs, inputs].
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    if rows % TILE:
+        x = functional.pad(x, (0, 0, 0, -rows % TILE))
+    if outputs % VECTOR:
+        weight = functional.pad(weight, (0, 0, 0, -outputs % VECTOR))
+    tiles = x.reshape(-1, TILE, inputs)
+    found = torch.bmm(tiles, weight.t().expand(len(tiles), inputs, len(weight)))
+    return found.view(-1, len(weight))[:rows, :outputs]

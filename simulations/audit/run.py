@@ -1,0 +1,271 @@
+"""An audit of one study: the site's own software trains on canaries as the study would, and is watched.
+
+The canaries' study takes from the audited one what its privacy rests on: model family, loss, sampling rate,
+clipping norm, noise multiplier, δ and number of steps. Its data are made up, so no patient is near.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from client.account import Spending, spending
+from client.door import Answer, ask
+from client.settings import SiteFolder
+from client.site import open_vault
+from common.errors import DeploymentError, StudyError
+from common.privacy.noise import OperatingSystem, Randomness
+from common.privacy.plan import StudyPlan, plan_study
+from common.processes import beside_python
+from common.schema import feature_names
+from common.study import Study
+from simulations.audit.attacks import Attacks, attack
+from simulations.audit.attempts import Case, Target
+from simulations.audit.canaries import (
+    CAP,
+    FAMILIES,
+    HUGE,
+    WIDE,
+    WIDE_PATIENTS,
+    Family,
+    admit,
+    canaries,
+    canary_study,
+    make_site,
+)
+from simulations.audit.conformance import Conformance, conformance
+from simulations.audit.lower_bound import LowerBound, lower_bound
+from simulations.audit.observe import Observed, observe
+from simulations.audit.reconstruction import undeclared_models
+from simulations.audit.server_side import against
+
+SITES = ("north", "south")
+ATTACKED = "east"
+QUIET = "-quiet"  # sites with so little noise that contributions show by themselves
+MOST_EPSILON = 100.0  # the noise comes from the audited plan, by the policy's floor
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked.
+
+    Attributes:
+        columns: half of them get a canary.
+        rounds: at most; a study with more steps is audited over its first ones.
+    """
+
+    columns: int
+    rounds: int
+
+
+SHORT, FULL = Size(300, 40), Size(2000, 200)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was claimed, and what was found.
+
+    Attributes:
+        plan: of the audited study at the given public size.
+        steps: that were watched, of `plan`'s.
+        deployed: through the sockets of served vaults, with the operating system's randomness.
+        cases: what a malicious coordinator tried.
+        attacks: on real cohorts; None if none was given.
+        seconds: it took.
+        untested: what this audit says nothing about.
+    """
+
+    study: Study
+    plan: StudyPlan
+    steps: int
+    deployed: bool
+    conformance: Conformance
+    bounds: tuple[LowerBound, ...]
+    cases: tuple[Case, ...]
+    attacks: Attacks | None
+    seconds: float
+    untested: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        attacked = self.attacks is None or self.attacks.sound
+        refuted = any(b.refuted for b in self.bounds) or not all(c.sound for c in self.cases)
+        return self.conformance.sound and attacked and not refuted
+
+
+def audit(
+    study: Study,
+    public_size: int,
+    *,
+    size: Size = SHORT,
+    deployed: bool = False,
+    cohorts: Sequence[SiteFolder] = (),
+    randomness: Randomness | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Audit a study's training at sites of canaries, and the vault's answers to a malicious coordinator.
+
+    Args:
+        public_size: patients that a site would declare; the plan follows from it.
+        deployed: start `fedward-site serve` for each site, and ask through its socket.
+        cohorts: site folders whose records the auditor may read, for attacks on members and records.
+        randomness: of the vaults in this process; the operating system's by default.
+        seed: who is in the cohort.
+
+    Raises:
+        StudyError: if the study promises no privacy, or its model has no canaries.
+        DeploymentError: if a vault doesn't start.
+    """
+    began = time.monotonic()
+    if not study.private:
+        raise StudyError(f"study {study.name} promises no privacy", remedy="nothing to audit")
+    if study.model.name not in FAMILIES:
+        raise StudyError(
+            f"model {study.model.name} has no canaries yet", remedy=f"those that have: {', '.join(FAMILIES)}"
+        )
+    plan = plan_study(study, public_size)
+    if (plan.step.clipping_norm or 0.0) > HUGE / 1000:
+        raise StudyError(
+            f"privacy.clipping_norm {plan.step.clipping_norm:g} is above any canary's gradient",
+            remedy=f"clip to {HUGE / 1000:g} at most",
+        )
+    steps = min(plan.steps_per_round * plan.rounds, size.rounds)
+    asked = _canaries_like(study, plan, canaries(size.columns, seed).columns, steps)
+    with tempfile.TemporaryDirectory(prefix="fedward-audit-") as folder, ExitStack() as open_ones:
+        places = [(name, QUIET * quiet) for quiet in (False, True) for name in SITES]
+        seen = [
+            _watched(
+                open_ones, Path(folder) / (name + quiet), asked, plan, size, deployed, randomness,
+                len(places) * seed + i,
+            )
+            for i, (name, quiet) in enumerate(places)
+        ]  # fmt: skip
+        cases = _coordinated(open_ones, Path(folder) / ATTACKED, asked, plan, deployed, randomness)
+    attacks = attack(study, cohorts) if cohorts else None
+    return Audit(
+        study=study,
+        plan=plan,
+        steps=steps,
+        deployed=deployed,
+        conformance=conformance(seen),
+        bounds=tuple(lower_bound(each) for each in seen if not each.site.endswith(QUIET)),
+        cases=cases,
+        attacks=attacks,
+        seconds=time.monotonic() - began,
+        untested=tuple(_untested(study, plan, steps, attacks)),
+    )
+
+
+def _canaries_like(study: Study, plan: StudyPlan, columns: int, steps: int) -> Study:
+    family: Family = next(f for f in get_args(Family) if f == study.model.name)
+    return canary_study(
+        family,
+        columns,
+        epsilon=MOST_EPSILON,
+        delta=plan.delta,
+        rounds=steps,
+        sample_rate=plan.step.sample_rate,
+        clipping_norm=plan.step.clipping_norm or 1.0,
+        most_records=min(plan.step.max_records, CAP),
+    )
+
+
+def _watched(
+    open_ones: ExitStack,
+    root: Path,
+    asked: Study,
+    plan: StudyPlan,
+    size: Size,
+    deployed: bool,
+    randomness: Randomness | None,
+    seed: int,
+) -> Observed:
+    who = canaries(size.columns, seed, many=40)
+    site = make_site(root, root.name, who)
+    least = 0.0 if root.name.endswith(QUIET) else plan.step.noise_multiplier
+    promised = admit(site, asked, least)
+    return observe(_opened(open_ones, site, deployed, randomness), asked, promised, who, "audit")
+
+
+def _coordinated(
+    open_ones: ExitStack,
+    root: Path,
+    asked: Study,
+    plan: StudyPlan,
+    deployed: bool,
+    randomness: Randomness | None,
+) -> tuple[Case, ...]:
+    """What a malicious coordinator gets out of a site of its own, with few canaries."""
+    who = canaries(_columns_of(asked), 0, many=40)
+    site = make_site(root, root.name, who)
+    promised = admit(site, asked, plan.step.noise_multiplier)
+    answer = _opened(open_ones, site, deployed, randomness)
+    nothing = Spending(0, 0.0, 0.0, 0)
+    target = Target(
+        answer, asked, promised, "attack", lambda: spending(site.ledger_path).get(asked.digest, nothing)
+    )
+    return (*undeclared_models(target), *against(target, who))
+
+
+def _opened(open_ones: ExitStack, site: SiteFolder, deployed: bool, randomness: Randomness | None) -> Answer:
+    if deployed:
+        return open_ones.enter_context(serving(site))
+    vault = open_vault(site, randomness=randomness or OperatingSystem(), durable=False)
+    open_ones.callback(vault.close)
+    return vault.answer
+
+
+def _columns_of(asked: Study) -> int:
+    """Of the canaries, the wide ones apart."""
+    return len(feature_names(asked)) - WIDE * WIDE_PATIENTS
+
+
+@contextmanager
+def serving(site: SiteFolder) -> Iterator[Answer]:
+    """A vault as a hospital runs it, in a process of its own; requests go through its socket.
+
+    Raises:
+        DeploymentError: if it doesn't start.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedward-") as folder:
+        socket = Path(folder) / "vault.sock"
+        log = (site.root / "vault.log").open("wb")
+        command = [beside_python("fedward-site"), "serve", str(site.root), "--socket", str(socket)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + _START_SECONDS
+            while not socket.exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise DeploymentError(
+                        f"the vault in {site.root} doesn't start", remedy="see vault.log there"
+                    )
+                time.sleep(0.05)
+            yield lambda request: ask(str(socket), request, timeout=600.0)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            log.close()
+
+
+def _untested(study: Study, plan: StudyPlan, steps: int, attacks: Attacks | None) -> Iterator[str]:
+    total = plan.steps_per_round * plan.rounds
+    yield "that a hospital runs this software, and nothing beside it"
+    if steps < total:
+        yield f"steps {steps + 1} to {total}: they are the same code with fresh noise"
+    if plan.steps_per_round > 1:
+        yield "several local steps between two messages: one step a round shows more"
+    if study.training.optimizer.name != "sgd" or study.training.optimizer.momentum:
+        yield "the optimiser: it sees noised gradients only, so that it may do anything"
+    if study.statistics is not None:
+        yield "the statistics' noise"
+    if attacks is None:
+        yield "membership and reconstruction: they take cohorts that the auditor may read (--sites)"
+    else:
+        yield from attacks.skipped
