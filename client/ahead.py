@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -73,59 +73,89 @@ CORES = Cores()
 class DrawnAhead:
     """A stream's normals, the next of which a thread may be drawing. Made by `drawn_ahead`."""
 
-    def __init__(self, stream: Stream, count: int, cores: Cores) -> None:
-        self._stream, self._count, self._cores = stream, count, cores
+    def __init__(self, stream: Stream, count: int, cores: Cores, scale: float) -> None:
+        self._stream, self._count, self._cores, self._scale = stream, count, cores, scale
         self._drawn: Floats = np.empty(0)
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        # Two queues and no executor: what one step costs in those, thousands pay
+        self._wanted: SimpleQueue[bool] = SimpleQueue()
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._pending = False
 
     def begin(self) -> None:
         """Start to draw the next `count` normals, if that pays and a core is free; returns at once."""
-        if self._count < DRAWN_AHEAD or self._pending is not None or not self._cores.borrow():
+        if self._count < DRAWN_AHEAD or self._pending or not self._cores.borrow():
             return
-        try:
-            if self._thread is None:
+        if self._thread is None:
+            try:
                 self._drawn = np.empty(self._count)
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="noise")
-            self._pending = self._thread.submit(self._stream.fill, self._drawn)
-        except BaseException:
-            self._cores.give_back()
-            raise
-        self._pending.add_done_callback(lambda _: self._cores.give_back())
+                thread = threading.Thread(target=self._draw, name="noise", daemon=True)
+                thread.start()
+            except BaseException:
+                self._cores.give_back()
+                raise
+            self._thread = thread
+        self._pending = True
+        self._wanted.put(True)
 
-    def normals(self, count: int) -> Iterator[Floats]:
+    def normals(self, count: int, scale: float = 1.0) -> Iterator[Floats]:
         """The stream's own normals, whoever drew them.
 
         Raises:
-            ValueError: if other than the number begun is taken.
+            ValueError: if other than the number begun is taken, or at another scale.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            yield from self._stream.normals(count)
+        if not self._pending:
+            yield from self._stream.normals(count, scale)
             return
-        pending.result()
+        error = self._done.get()
+        self._pending = False  # not before: else who stops waiting finds the next one's noise done
+        if error is not None:
+            raise error
         if count != self._count:
             raise ValueError(f"{self._count} normals were begun, and {count} are taken")
+        if self._scale not in (1.0, scale):
+            raise ValueError(f"normals were begun at scale {self._scale}, and are taken at {scale}")
         for start in range(0, count, _PIECE):
-            yield self._drawn[start : start + _PIECE]
+            piece = self._drawn[start : start + _PIECE]
+            if self._scale != scale:
+                piece *= scale
+            yield piece
 
     def close(self) -> None:
         """Wait for the thread, and end it."""
         if self._thread is not None:
-            self._thread.shutdown(wait=True)
+            self._wanted.put(False)
+            self._thread.join()
+
+    def _draw(self) -> None:
+        """What the thread does until it is told to end."""
+        while self._wanted.get():
+            error: BaseException | None = None
+            try:
+                self._stream.fill(self._drawn, self._scale)
+            except BaseException as caught:  # raised where the normals are used
+                error = caught
+            self._cores.give_back()
+            self._done.put(error)
 
 
 @contextmanager
-def drawn_ahead(stream: Stream, count: int, cores: Cores = CORES) -> Iterator[DrawnAhead]:
+def drawn_ahead(
+    stream: Stream, count: int, cores: Cores = CORES, *, scale: float = 1.0
+) -> Iterator[DrawnAhead]:
     """For one training: between `begin` and use, another core draws the next `count` normals.
 
     Only if they are `DRAWN_AHEAD` or more and a core is free (see `Cores`): each training in this process
     counts as one that is busy, and so does each thread that draws, so that a simulation's workers keep
     theirs. The numbers are the same either way. The thread ends with the context; an error on it is
     raised where the normals are used.
+
+    Args:
+        scale: what the normals will be multiplied by, such as the noise's standard deviation; the thread does
+            that too. 1: whoever takes them does it.
     """
     with cores.working():
-        ahead = DrawnAhead(stream, count, cores)
+        ahead = DrawnAhead(stream, count, cores, scale)
         try:
             yield ahead
         finally:

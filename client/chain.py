@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from client.rowwise import TILE, product
+from client.rowwise import TILE, VECTOR, product
 from client.taps.losses import output_gradients
 from common.study import Objective
 
@@ -94,6 +94,62 @@ def trainable(layer: nn.Linear) -> bool:
     return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
+Places = tuple[slice, slice | None]
+"""Of a layer's weight, and of its bias if it has one."""
+
+
+class EachTile:
+    """Weights of its own for each tile of rows, in the place of a network's; see `Chain.tapped`.
+
+    A tile goes through the kernel of `rowwise.product`, and so gives the same bits as there.
+
+    Args:
+        numbers: float32 [tiles, numbers], each tile's parameters one after the other.
+        places: where the numbers of a layer's weight and bias stand.
+    """
+
+    def __init__(self, numbers: torch.Tensor, places: Mapping[nn.Linear, Places]) -> None:
+        self._numbers, self._places = numbers, places
+
+    def forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of [rows, inputs]."""
+        found, bias = _tile_products(x, self._weight(layer)), self._places[layer][1]
+        if bias is not None:
+            found.view(-1, TILE, layer.out_features).add_(self._numbers[:, None, bias])
+        return found
+
+    def back(self, layer: nn.Linear, g: torch.Tensor) -> torch.Tensor:
+        """Gradients by the layer's inputs, of those by its outputs [rows, outputs]."""
+        return _tile_products(g, self._weight(layer).mT)
+
+    def _weight(self, layer: nn.Linear) -> torch.Tensor:
+        numbers = self._numbers[:, self._places[layer][0]]
+        return numbers.view(-1, layer.out_features, layer.in_features)
+
+
+def _tile_products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x weightᵀ, [rows, outputs], of rows [rows, inputs] and each tile's weight [tiles, outputs, inputs]."""
+    tiles, outputs, inputs = weights.shape
+    if outputs % VECTOR:
+        weights = functional.pad(weights, (0, 0, 0, -outputs % VECTOR))
+    found = torch.bmm(x.reshape(tiles, TILE, inputs), weights.mT)
+    return found.flatten(0, 1)[:, :outputs]
+
+
+class _Own:
+    """The layers' own weights, as `EachTile`."""
+
+    def forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        found = product(x, layer.weight)
+        return found if layer.bias is None else found.add_(layer.bias)
+
+    def back(self, layer: nn.Linear, g: torch.Tensor) -> torch.Tensor:
+        return product(g, layer.weight.t())
+
+
+_OWN = _Own()
+
+
 class Chain:
     """A network of which `no_chain` says nothing."""
 
@@ -110,6 +166,7 @@ class Chain:
         self.layers = [step for step in self._steps if isinstance(step, nn.Linear)]
         self._form = tuple(form)
         learning = [i for i, s in enumerate(self._steps) if isinstance(s, nn.Linear) and trainable(s)]
+        self._learning = frozenset(learning)
         self._first = min(learning, default=len(self._steps))  # the backward pass ends there
 
     def __len__(self) -> int:
@@ -125,22 +182,28 @@ class Chain:
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, outputs] of float32 [rows, inputs]; rows: whole tiles."""
         for step, after in self._in_order():
-            x = self._applied(step, x, after)
+            x = _applied(_OWN, step, x, after)
         return x
 
     @torch.no_grad()
     def tapped(
-        self, objective: Objective, x: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+        self,
+        objective: Objective,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        layers: EachTile | _Own = _OWN,
     ) -> list[Tapped]:
         """Every trainable layer with what went in and the gradient of Σ weight · loss by what came out.
 
         Args:
             x: float32 [rows, inputs]; rows: whole tiles.
             labels, weights: [rows].
+            layers: what the layers multiply by; their own weights unless told otherwise.
         """
         kept = [x]
         for step, after in self._in_order():
-            kept.append(self._applied(step, kept[-1], after))
+            kept.append(_applied(layers, step, kept[-1], after))
         g = output_gradients(objective, kept[-1], labels, weights)
         found: list[Tapped] = []
         for place in range(len(self._steps) - 1, self._first - 1, -1):
@@ -148,10 +211,10 @@ class Chain:
             if isinstance(step, Activation):
                 g = step.back(g, kept[place], kept[place + 1])
                 continue
-            if trainable(step):
+            if place in self._learning:
                 found.append((step, kept[place], g))
             if place > self._first:
-                g = product(g, step.weight.t())
+                g = layers.back(step, g)
         return found
 
     def _in_order(self) -> Iterator[tuple[nn.Linear | Activation, bool]]:
@@ -161,34 +224,32 @@ class Chain:
             yield step, after
             after = isinstance(step, nn.Linear)
 
-    def _applied(self, step: nn.Linear | Activation, x: torch.Tensor, after: bool) -> torch.Tensor:
-        if isinstance(step, Activation):
-            return step.in_place(x) if after and step.in_place is not None else step.apply(x)
-        found = product(x, step.weight)
-        return found if step.bias is None else found.add_(step.bias)
-
     @torch.no_grad()
-    def uniform(self, objective: Objective, rows: int) -> bool:
+    def uniform(self, objective: Objective, rows: int, *, each_tile: bool = False) -> bool:
         """Whether so many rows with the same record come out alike to the last bit, and as one tile does.
 
         Tried once in a process for each form of network, with weights that depend on nobody.
+
+        Args:
+            each_tile: as they go through `EachTile`.
         """
         device = self.layers[0].weight.device
-        key = (self._form, objective, rows, device, torch.get_num_threads())
+        key = (self._form, objective, rows, device, torch.get_num_threads(), each_tile)
         with _LOCK:
             known = _FOUND.get(key)
         if known is None:
-            known = self._tried(objective, rows, device)
+            known = self._tried(objective, rows, device, each_tile)
             if not known:
                 log.warning("on this machine a product of %d rows depends on the row: one at a time", rows)
             with _LOCK:
                 _FOUND[key] = known
         return known
 
-    def _tried(self, objective: Objective, rows: int, device: torch.device) -> bool:
+    def _tried(self, objective: Objective, rows: int, device: torch.device, each_tile: bool) -> bool:
         random = torch.Generator().manual_seed(rows)
         shadow = Chain.__new__(Chain)
         shadow._first, shadow._steps, shadow.layers = 0, [], []
+        shadow._learning = frozenset(range(len(self._steps)))
         for step in self._steps:
             if isinstance(step, nn.Linear):
                 step = _drawn(step, random, device)
@@ -197,18 +258,43 @@ class Chain:
         record = torch.randn(shadow.layers[0].in_features, generator=random).to(device)
         kind = torch.float32 if objective.task == "regression" else torch.int64
 
-        def taps(count: int) -> Iterator[torch.Tensor]:
+        def taps(count: int, layers: EachTile | _Own) -> Iterator[torch.Tensor]:
             labels = torch.zeros(count, dtype=kind, device=device)
             weights = torch.ones(count, device=device)
-            found = shadow.tapped(objective, record.repeat(count, 1), labels, weights)
+            found = shadow.tapped(objective, record.repeat(count, 1), labels, weights, layers)
             for _, x, g in found[:-1]:
                 yield from (x, g)
             yield found[-1][2]  # what the first layer gets is the record
 
+        layers = shadow._repeated(rows // TILE) if each_tile else _OWN
         return all(
-            bool((many.contiguous().view(torch.int32) == one[0].contiguous().view(torch.int32)).all())
-            for many, one in zip(taps(rows), taps(TILE), strict=True)
+            bool((_bits(many) == _bits(one[0])).all())
+            for many, one in zip(taps(rows, layers), taps(TILE, _OWN), strict=True)
         )
+
+    def _repeated(self, tiles: int) -> EachTile:
+        """The same weights for each of some tiles, laid out as those of many networks are."""
+        own, places, start = list[torch.Tensor](), dict[nn.Linear, Places](), 0
+        for layer in self.layers:
+            own += [p.detach().flatten() for p in (layer.weight, layer.bias) if p is not None]
+            weight = slice(start, start + layer.weight.numel())
+            start = weight.stop if layer.bias is None else weight.stop + layer.out_features
+            places[layer] = weight, None if layer.bias is None else slice(weight.stop, start)
+        numbers = functional.pad(torch.cat(own), (0, -start % VECTOR))
+        return EachTile(numbers.repeat(tiles, 1), places)
+
+
+def _applied(
+    layers: EachTile | _Own, step: nn.Linear | Activation, x: torch.Tensor, after: bool
+) -> torch.Tensor:
+    if isinstance(step, Activation):
+        return step.in_place(x) if after and step.in_place is not None else step.apply(x)
+    return layers.forward(step, x)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """As integers; all zeros alike, because a zero's sign changes no sum, and one tile may have another."""
+    return values.add(0.0).contiguous().view(torch.int32)
 
 
 def _drawn(layer: nn.Linear, random: torch.Generator, device: torch.device) -> nn.Linear:

@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 
 SITE_TOML = """\
+# Where to compute: "auto" takes a CUDA device where there is one, else the processor.
+device = "auto"
+
 [site]
 name = "{identity.name}"
 # Patients in the cohort, rounded down (e.g. to tens). It is public; the exact number stays private.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from client.chain import Chain, Tapped, no_chain, trainable
+from client.device import STEP_MEMORY
 from client.rowwise import CLIPPING_MARGIN, TILE
 from client.taps.groups import Groups
 from common.errors import StudyError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from client.cohort import Patients
     from client.dpsgd import Batch
 
-MEMORY = 1 << 28  # bytes of a pass's activations, and of patients' gradients held at a time
 MAX_RECORDS = 1024  # in one pass
 PASS = 160  # rows of one float32 product into the sum, at most
 PASSES = 6  # so many add up in float32
@@ -72,6 +72,14 @@ class _Total:
             self._begun.add(where.start)
             place.copy_(part)
 
+    def add_sum(self, where: slice, rows: torch.Tensor) -> None:
+        """Add Σ over rows, float64 from here on."""
+        if where.start in self._begun:
+            self.values[where].add_(rows.sum(dim=0, dtype=torch.float64))
+        else:
+            self._begun.add(where.start)
+            torch.sum(rows, dim=0, dtype=torch.float64, out=self.values[where])
+
     def add_product(self, where: slice, g: torch.Tensor, x: torch.Tensor) -> None:
         """Add gᵀ x, float64 from here on, some rows at a time."""
         place = self.values[where].view(g.shape[1], x.shape[1])
@@ -96,24 +104,29 @@ class DenseGradients:
         StudyError: if the network isn't made of linear layers and elementwise activations.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, expected: float = 1.0) -> None:
+    def __init__(
+        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = STEP_MEMORY
+    ) -> None:
         reason = not_dense(network)
         if reason is not None:
             raise StudyError(f"no closed form: {reason}", remedy="take the taps instead")
         self.network, self._objective = network, objective
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
-        self._chain = Chain(network)
+        self.chain = Chain(network)
         self._slots: dict[nn.Linear, _Slot] = {}
         places, offset = dict[int, slice](), 0
         for parameter in self.parameters:
             places[id(parameter)] = slice(offset, offset + parameter.numel())
             offset += parameter.numel()
-        for layer in self._chain.layers:
+        for layer in self.chain.layers:
             if trainable(layer):
                 self._slots[layer] = _Slot(places.get(id(layer.weight)), places.get(id(layer.bias)))
+        biased = [[s.bias is not None] for s in reversed(self._slots.values())]  # the last layer first
+        self._ones = torch.tensor(biased, dtype=torch.float64, device=self.chain.layers[0].weight.device)
         self._memory = torch.empty(0)
-        fitting = MEMORY // (4 * self._chain.widest)
+        self._quarter = memory // 4  # of a pass's activations, and of patients' gradients held at a time
+        fitting = self._quarter // (4 * self.chain.widest)
         self._records = TILE * max(1, min(MAX_RECORDS, fitting) // TILE)
 
     # --- what others call
@@ -125,9 +138,9 @@ class DenseGradients:
         for part in features.split(self._records):
             for rows in part.split(self._sizes(len(part))):
                 x = functional.pad(rows.flatten(start_dim=1), (0, 0, 0, -len(rows) % TILE))
-                found.append(self._chain.outputs(x)[: len(rows)])
+                found.append(self.chain.outputs(x)[: len(rows)])
         if not found:
-            return features.new_zeros((0, self._chain.layers[-1].out_features))
+            return features.new_zeros((0, self.chain.layers[-1].out_features))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @torch.no_grad()
@@ -154,7 +167,7 @@ class DenseGradients:
             batch: a patient's records together.
             clipping_norm: C.
         """
-        like = self._chain.layers[0].weight
+        like = self.chain.layers[0].weight
         total = _Total(self.size, like)
         if not batch.patients or not self.size:
             return total.finished()
@@ -162,7 +175,7 @@ class DenseGradients:
         if batch.one_record_each:
             for start in range(0, batch.patients, self._records):
                 where = slice(start, min(start + self._records, batch.patients))
-                self._singles(self._taps(patients, batch, where), C, total)
+                self._add(self.clipped(self._taps(patients, batch, where), C), total)
             return total.finished()
         groups = Groups(batch.patient.to(like.device), batch.patients)
         for block in groups.blocks(self._records):
@@ -177,7 +190,7 @@ class DenseGradients:
     def _sizes(self, records: int) -> int:
         """Records of a pass: all of them, or one at a time on a machine where company shows."""
         rows = records + -records % TILE
-        return max(1, records) if not records or self._chain.uniform(self._objective, rows) else 1
+        return max(1, records) if not records or self.chain.uniform(self._objective, rows) else 1
 
     def _taps(self, patients: Patients, batch: Batch, where: slice) -> list[Tapped]:
         """Every layer's inputs and output gradients of those records of the batch, in order."""
@@ -203,7 +216,7 @@ class DenseGradients:
         records = records.to(device)
         x = self._gathered(patients.features, records)
         labels = patients.labels.index_select(0, records)
-        found = self._chain.tapped(self._objective, x, labels, weights.to(device))
+        found = self.chain.tapped(self._objective, x, labels, weights.to(device))
         return [(layer, x[:count], g[:count]) for layer, x, g in found]
 
     def _gathered(self, features: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
@@ -216,39 +229,55 @@ class DenseGradients:
         torch.index_select(features, 0, records, out=x)
         return x.flatten(start_dim=1)
 
-    def _lengths(self, taps: list[Tapped]) -> tuple[torch.Tensor, torch.Tensor]:
-        """|g|² (|x|² + 1) of each layer and row, float64 [layers, rows], and which rows are sound."""
-        far = torch.stack([torch.linalg.vector_norm(g, dim=1) for _, _, g in taps])
-        near = torch.stack(
-            [
-                far.new_zeros(len(x))
-                if self._slots[layer].weight is None
-                else torch.linalg.vector_norm(x, dim=1)
-                for layer, x, _ in taps
-            ]
-        )
-        sound = torch.maximum(far, near).amax(dim=0) < HUGE  # NaN isn't
-        ones = far.new_tensor([[self._slots[layer].bias is not None] for layer, _, _ in taps])
-        squares = near.double().add_(TINY).square_().add_(ones)
-        return squares.mul_(far.double().add_(TINY).square_()), sound
+    def _lengths(self, taps: list[Tapped]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """|g|² (|x|² + 1) of each layer and row, float64 [layers, rows], and which rows are sound; None: all
+        of them."""
+        norms = [torch.linalg.vector_norm(g, dim=1) for _, _, g in taps]
+        for layer, x, _ in taps:
+            frozen = self._slots[layer].weight is None
+            norms.append(norms[0].new_zeros(x.shape[0]) if frozen else torch.linalg.vector_norm(x, dim=1))
+        lengths = torch.stack(norms)
+        sound = None
+        if lengths.numel() and not lengths.max() < HUGE:  # NaN isn't
+            sound = lengths.amax(dim=0) < HUGE
+        far, near = lengths.double().add_(TINY).square_().view(2, len(taps), -1)
+        return near.add_(self._ones).mul_(far), sound
 
     # --- one record each
 
-    def _singles(self, taps: list[Tapped], C: float, total: _Total) -> None:
+    def clipped(self, taps: list[Tapped], C: float) -> list[Tapped]:
+        """With each row's output gradients times min(1, C / the row's norm); 0 where a row isn't sound."""
         squares, sound = self._lengths(taps)
         factors = squares.sum(dim=0).rsqrt_().mul_(C).clamp_(max=1.0)
-        if not sound.all():
+        if sound is not None:
             factors = torch.where(sound, factors, 0.0)
             taps = _silenced(taps, sound)
         factors = factors.float()[:, None]
-        for layer, x, g in taps:
-            slot, g = self._slots[layer], g * factors
-            if slot.weight is not None:
-                for start in range(0, len(x), PASSES * PASS):
-                    where = slice(start, start + PASSES * PASS)
+        return [(layer, x, g * factors) for layer, x, g in taps]
+
+    def summed(self, clipped: list[Tapped]) -> torch.Tensor:
+        """Σ over rows, float64 [parameters], of what `clipped` gave, as `sum` adds one record each."""
+        total = _Total(self.size, self.chain.layers[0].weight)
+        rows = clipped[0][1].shape[0] if clipped else 0
+        if rows <= self._records:
+            self._add(clipped, total)
+            return total.finished()
+        for start in range(0, rows, self._records):
+            where = slice(start, start + self._records)
+            self._add([(layer, x[where], g[where]) for layer, x, g in clipped], total)
+        return total.finished()
+
+    def _add(self, clipped: list[Tapped], total: _Total) -> None:
+        for layer, x, g in clipped:
+            slot, most = self._slots[layer], PASSES * PASS
+            if slot.weight is not None and x.shape[0] <= most:
+                total.add(slot.weight, _summed(g, x))
+            elif slot.weight is not None:
+                for start in range(0, x.shape[0], most):
+                    where = slice(start, start + most)
                     total.add(slot.weight, _summed(g[where], x[where]))
             if slot.bias is not None:
-                total.add(slot.bias, g.sum(dim=0, dtype=torch.float64))
+                total.add_sum(slot.bias, g)
 
     # --- several records each
 
@@ -256,8 +285,9 @@ class DenseGradients:
         squares, sound = self._lengths(taps)
         rows = squares.sqrt_().sum(dim=0)
         together = groups.sum(rows[:, None])[:, 0]
-        unsound = groups.sum((~sound).double()[:, None])[:, 0] > 0
-        if unsound.any():
+        unsound: torch.Tensor | None = None
+        if sound is not None:
+            unsound = groups.sum((~sound).double()[:, None])[:, 0] > 0
             together = torch.where(unsound, 0.0, together)
             taps = _silenced(taps, ~groups.spread(unsound))
         held = list[tuple[slice, torch.Tensor]]()
@@ -271,7 +301,7 @@ class DenseGradients:
                 continue
             inside = groups.records / groups.patients
             numbers = x.shape[1] * g.shape[1]
-            affordable = 8 * numbers * groups.patients <= MEMORY
+            affordable = 8 * numbers * groups.patients <= self._quarter
             if affordable and HELD * numbers <= inside**2 * (x.shape[1] + g.shape[1]):
                 held.append((slot.weight, _of_patients(x, g, groups)))
             else:
@@ -281,7 +311,8 @@ class DenseGradients:
             norms += torch.linalg.vector_norm(gradients, dim=1).square_()
         norms = torch.maximum(norms.clamp_(min=0.0).sqrt_(), together / CANCELLING)
         factors = (C / norms.clamp_(min=1e-300)).clamp_(max=1.0)
-        factors = torch.where(unsound, 0.0, factors)
+        if unsound is not None:
+            factors = torch.where(unsound, 0.0, factors)
         for where, gradients in held:
             total.add(where, factors @ gradients)
         for where, x, g in sums:
@@ -293,7 +324,7 @@ class DenseGradients:
         for start in range(where.start, where.stop, self._records):
             taps = self._taps(patients, batch, slice(start, min(start + self._records, where.stop)))
             squares, sound = self._lengths(taps)
-            if not sound.all():
+            if sound is not None:
                 return
             together += float(squares.sqrt_().sum())
             for layer, x, g in taps:
@@ -301,7 +332,7 @@ class DenseGradients:
                 if slot.weight is not None:
                     own.add_product(slot.weight, g, x)
                 if slot.bias is not None:
-                    own.add(slot.bias, g.sum(dim=0, dtype=torch.float64))
+                    own.add_sum(slot.bias, g)
         found = own.finished()
         norm = max(float(found.norm()), together / CANCELLING, 1e-300)
         found *= min(1.0, C / norm)
@@ -313,11 +344,14 @@ class DenseGradients:
 
 def _summed(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x, float32 [outputs, inputs], of so many rows at a time that rounding stays small."""
-    size = -(-len(x) // -(-len(x) // PASS))  # even passes
-    total = g[:size].t() @ x[:size]
-    if len(x) > size:
+    rows = x.shape[0]
+    if rows <= PASS:
+        return torch.mm(g.t(), x)
+    size = -(-rows // -(-rows // PASS))  # even passes
+    total = torch.mm(g[:size].t(), x[:size])
+    if rows > size:
         part = torch.empty_like(total)
-        for start in range(size, len(x), size):
+        for start in range(size, rows, size):
             torch.mm(g[start : start + size].t(), x[start : start + size], out=part)
             total += part
     return total

@@ -1,7 +1,8 @@
-"""Where a site computes: its processor, or a CUDA device. Noise is always drawn on the processor."""
+"""Where a site computes, and in how much memory. Noise is always drawn on the processor."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +10,23 @@ import torch
 from common.errors import SiteError
 
 Device = Literal["auto", "cpu", "cuda"]
+STEP_MEMORY = 1 << 30  # bytes
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How a site computes.
+
+    Attributes:
+        device: `auto` is CUDA where there is one.
+        step_memory: bytes that activations and gradients of a step may take up, as far as one record allows.
+    """
+
+    device: Device = "cpu"
+    step_memory: int = STEP_MEMORY
+
+
+DEFAULT = Computing()
 
 
 def resolve(wanted: Device) -> torch.device:

@@ -26,6 +26,7 @@ from torch import nn
 from client.blocks import block_size, filled, layout
 from client.cohort import Patients, lanes_of
 from client.dense import DenseGradients, not_dense
+from client.device import STEP_MEMORY
 from client.linear import LinearGradients, not_linear
 from client.rowwise import CLIPPING_MARGIN
 from client.taps import TappedGradients, covers
@@ -42,7 +43,6 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 MAX_RECORDS = 4096  # in one pass through the network
 EVALUATION_RECORDS = 256  # in one pass without gradients
-MAX_GRADIENT_ELEMENTS = 1 << 26  # 256 MiB of float32 per-record gradients at a time
 _ROWS, _ELEMENTS = 16, 1 << 16  # of gradients that are float64 at a time: 512 KiB stay in a core's cache
 
 
@@ -152,20 +152,23 @@ class Engine(Protocol):
         record's are the same in any company."""
 
 
-def engine_of(network: nn.Module, objective: Objective, expected: float = 1.0) -> Engine:
+def engine_of(
+    network: nn.Module, objective: Objective, expected: float = 1.0, memory: int = STEP_MEMORY
+) -> Engine:
     """The fastest engine that takes this network: closed form, taps, or Opacus's per-record gradients.
 
     Args:
         expected: public number of records in a step.
+        memory: bytes that a step's activations and gradients may take up.
     """
     if not_dense(network) is None:
         kind = DenseGradients if not_linear(network, objective) else LinearGradients
-        return kind(network, objective, expected)
+        return kind(network, objective, expected, memory=memory)
     reason = covers(network)
     if reason is None:
-        return TappedGradients(network, objective, expected)
+        return TappedGradients(network, objective, expected, memory=memory)
     log.info("per-record gradients by Opacus, which takes longer and more memory: %s", reason)
-    return ClippedGradients(network, objective, expected)
+    return ClippedGradients(network, objective, expected, memory=memory)
 
 
 class ClippedGradients:
@@ -176,15 +179,18 @@ class ClippedGradients:
     Args:
         network: taken over: use `network` of this object from here on.
         expected: public number of records in a step, by which the size of blocks is chosen.
+        memory: bytes that per-record gradients may take up.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, expected: float = 1.0) -> None:
+    def __init__(
+        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = STEP_MEMORY
+    ) -> None:
         self.network = network
         self._hooked: nn.Module | None = None
         self._objective = objective
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
-        self._max_records = min(MAX_RECORDS, max(1, MAX_GRADIENT_ELEMENTS // max(1, self.size)))
+        self._max_records = min(MAX_RECORDS, max(1, memory // (16 * max(1, self.size))))
         self._block = block_size(expected, self._max_records)
 
     @property

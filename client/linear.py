@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from client.dense import CANCELLING, DenseGradients, only_layer
+from client.device import STEP_MEMORY
 from client.rowwise import CLIPPING_MARGIN, TILE, VECTOR
 from common.errors import StudyError
 from common.study import Objective
@@ -102,8 +103,10 @@ class LinearGradients(DenseGradients):
         StudyError: if the network isn't such a one.
     """
 
-    def __init__(self, network: nn.Module, objective: Objective, expected: float = 1.0) -> None:
-        super().__init__(network, objective, expected)
+    def __init__(
+        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = STEP_MEMORY
+    ) -> None:
+        super().__init__(network, objective, expected, memory=memory)
         reason, layer = not_linear(network, objective), only_layer(network)
         if reason is not None or layer is None:
             raise StudyError(f"no linear model: {reason}", remedy="take DenseGradients instead")

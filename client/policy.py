@@ -220,7 +220,7 @@ class PolicyReader:
 Signature = tuple[int, int, int, int] | None
 
 
-def signature(path: Path) -> Signature:
+def signature(path: Path | str) -> Signature:
     """What changes when a file is replaced or written to; None if there is no file."""
     try:
         status = os.stat(path)

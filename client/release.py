@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common.errors import MessageError, Refused
-from common.messages import Arrays, Refusal, RefusalHeader
+from common.messages import Arrays, Refusal, RefusalHeader, all_finite
 from common.privacy.noise import Stream, noised
 from common.privacy.plan import HistogramPlan
 
@@ -36,7 +36,7 @@ def finite(update: Arrays) -> Arrays:
     Raises:
         Refused: if any value is NaN or infinite.
     """
-    if not all(np.isfinite(a).all() for a in update.values()):
+    if not all_finite(update):
         raise Refused(
             "local training diverged to NaN or infinity", remedy="lower the learning rate of the study"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -69,8 +69,16 @@ class CoordinatorAddress(Strict):
 
 
 class SiteFile(Strict):
-    """The content of site.toml."""
+    """The content of site.toml.
 
+    Attributes:
+        device: where to compute (client/device): `auto` is CUDA where there is one.
+        step_memory_mib: what activations and gradients of a training step may take up; a larger step is
+            done in pieces.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    step_memory_mib: Annotated[int, Field(ge=16)] = 1024
     site: Identity
     data: DataSource
     coordinator: CoordinatorAddress | None = None

@@ -13,6 +13,7 @@ import torch
 
 from client.certify import Issuer
 from client.cohort import load_records
+from client.device import Computing, resolve
 from client.ledger import Ledger, check_certificates
 from client.policy import PolicyReader, Signature, signature
 from client.settings import SiteFolder
@@ -48,11 +49,13 @@ def open_vault(
         prompt: see `Ledger`.
 
     Raises:
-        SiteError: if a key is absent or unsafe.
+        SiteError: if a key is absent or unsafe, or the device of site.toml is absent.
         LedgerError: if the ledger is corrupt, older than something else in the folder, or held by another
             vault.
     """
     torch.set_num_threads(1)
+    computing = Computing(folder.file.device, folder.file.step_memory_mib << 20)
+    resolve(computing.device)  # an operator learns now, not with the first round, that it is absent
     key, signing = split_key or read_split_key(folder), read_signing_key(folder.signing_key_path)
     reader, drawn = PolicyReader(folder), randomness or OperatingSystem()
     data = folder.data_path
@@ -73,7 +76,7 @@ def open_vault(
         ledger.close()
         raise
     issuer = Issuer(folder.name, signing, folder.certificates, durable)
-    return Vault(holdings, ledger, drawn, issuer, padded=durable)
+    return Vault(holdings, ledger, drawn, issuer, padded=durable, computing=computing)
 
 
 def _while_unchanged(path: Path, read: Callable[[], Read]) -> Callable[[], Read]:

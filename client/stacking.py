@@ -2,7 +2,8 @@
 
 Every site keeps weights of its own, in a stack of matrices; each step computes all sites' batches at once, as
 products of such stacks. What a site learns is what it would learn alone, to rounding: the same batches, from
-its own stream, and the same optimiser. Private trainings stay alone.
+its own stream, and the same optimiser. Private trainings (client/privately) end bit for bit where they end
+alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from client.chain import Activation, Chain, no_chain, trainable
 from client.cohort import Patients
 from client.dpsgd import batch_of
+from client.privately import may_join, memory, train_privately
 from client.taps.losses import output_gradients
 from client.training import Trainer
 from common.messages import Arrays
@@ -51,8 +53,9 @@ def together(trainings: Sequence[Training]) -> list[Arrays | Exception]:
 
 def _stacked_or_alone(trainings: Sequence[Training]) -> Sequence[Arrays | Exception]:
     if len(trainings) > 1:
+        train = train_privately if trainings[0].trainer.plan.private else train_together
         with suppress(Exception):  # of one of them, perhaps: alone it fails alone
-            return train_together(trainings)
+            return train(trainings)
     return [_alone(training) for training in trainings]
 
 
@@ -64,10 +67,11 @@ def _alone(training: Training) -> Arrays | Exception:
 
 
 def groups(trainings: Sequence[Training]) -> list[list[int]]:
-    """Which trainings `train_together` may take at once, as places in `trainings`; each is in one group.
+    """Which trainings may be taken at once, as places in `trainings`; each is in one group.
 
-    Those of one study without privacy, if its network is linear layers and elementwise activations, whose
-    steps take about as many records, and whose batches fit in `MEMORY` together.
+    Those of one study, if its network is linear layers and elementwise activations, whose batches fit in
+    `MEMORY` together: without privacy those whose steps take about as many records, by `train_together`;
+    with it those that `may_join`, by `train_privately`.
     """
     alike: dict[object, list[int]] = defaultdict(list)
     room: dict[object, int] = defaultdict(int)
@@ -79,7 +83,14 @@ def groups(trainings: Sequence[Training]) -> list[list[int]]:
             known[digest] = _form(_network_of(trainer))
         fits, widest, size = known[digest]
         key: object = i
-        if fits and not plan.private:
+        kind: tuple[object, ...]
+        if fits and may_join(trainer):
+            taken = memory(trainer, widest)
+            if taken <= MEMORY:
+                kind = digest, plan.step.clipping_norm
+                room[kind] += taken
+                key = kind, room[kind] // MEMORY
+        elif fits and not plan.private:
             patients = _patients_of(trainer)
             rows = patients.labels.shape[0]
             records = _step_size(patients, plan) * -(-rows // max(1, len(patients)))

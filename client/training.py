@@ -12,7 +12,7 @@ import torch
 
 from client.ahead import DrawnAhead, drawn_ahead
 from client.cohort import Cohort, Patients
-from client.device import Device, resolve
+from client.device import DEFAULT, Computing, resolve
 from client.dpsgd import Engine, batch_of, draw_batch, engine_of, noised_mean
 from client.flat import FlatParameters, flat_step
 from client.withdrawal import NOBODY, Withdrawn
@@ -35,7 +35,7 @@ class Trainer:
         cohort: its tensors, grouped by patient.
         plan: what `plan_study` made for this site.
         withdrawn: whose consent is withdrawn by now; asked before each private step.
-        device: where to compute; the cohort and the network go there.
+        computing: where, and in how much memory; the cohort and the network go there.
 
     Raises:
         SiteError: if the device is absent.
@@ -47,16 +47,16 @@ class Trainer:
         cohort: Cohort,
         plan: StudyPlan,
         withdrawn: Callable[[], Withdrawn] = lambda: NOBODY,
-        device: Device = "cpu",
+        computing: Computing = DEFAULT,
     ) -> None:
-        place = resolve(device)
+        place = resolve(computing.device)
         self.study, self.cohort, self.plan = study, cohort.on(place), plan
         self._withdrawn = withdrawn
         self._consenting: tuple[Patients, Withdrawn, Patients] | None = None
         self._network = study_model(study).to(place)
         self._flat = FlatParameters(self._network, place)
         expected = plan.step.divisor  # patients; each has a record at least
-        self._engine = engine_of(self._network, study.objective, expected)
+        self._engine = engine_of(self._network, study.objective, expected, computing.step_memory)
 
     def train(self, parameters: Arrays, sampling: Stream, noise: Stream) -> dict[str, np.ndarray]:
         """One round from the global parameters; returns local minus global, name → float32 array."""
@@ -71,7 +71,8 @@ class Trainer:
 
     def _private_steps(self, engine: Engine, step: FlatStep, sampling: Stream, noise: Stream) -> None:
         plan = self.plan.step
-        with drawn_ahead(noise, engine.size) as normals:
+        deviation = plan.noise_multiplier * (plan.clipping_norm or 0.0)
+        with drawn_ahead(noise, engine.size, scale=deviation) as normals:
             for _ in range(self.plan.steps_per_round):
                 private_step(engine, self._who_consents(self.cohort.train), plan, step, sampling, normals)
 

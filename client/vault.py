@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from client.account import Committed, Head
 from client.certify import Issuer
 from client.cohort import Records, cohort_of
+from client.device import DEFAULT, Computing
 from client.ledger import Ledger
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
@@ -103,6 +104,7 @@ class Vault:
         randomness: where noise and sampling come from.
         issuer: signs certificates.
         padded: make every answer of a study take a multiple of the time that it declares.
+        computing: where to train and evaluate, and in how much memory.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class Vault:
         issuer: Issuer,
         *,
         padded: bool = True,
+        computing: Computing = DEFAULT,
     ) -> None:
+        self._computing = computing
         self._holdings, self._ledger, self.randomness = holdings, ledger, randomness
         self._issuer, self._padded = issuer, padded
         self._records: dict[tuple[str, object], Records] = {}
@@ -397,7 +401,9 @@ class Vault:
             cohort = cohort_of(self._read(study), study, scaling)
             if study.statistics is None:
                 self._records.clear()  # the tensors suffice from here on
-            trainer = self._trainers[key] = Trainer(study, cohort, work.plan, self._holdings.withdrawn)
+            trainer = self._trainers[key] = Trainer(
+                study, cohort, work.plan, self._holdings.withdrawn, self._computing
+            )
         return trainer
 
     def close(self) -> None:

@@ -60,12 +60,12 @@ class WithdrawnReader:
     """Reads the list for each step, and parses it only when the file has changed."""
 
     def __init__(self, folder: SiteFolder, key: bytes) -> None:
-        self._folder, self._key = folder, key
+        self._folder, self._key, self._path = folder, key, str(folder.withdrawn_path)
         self._known: tuple[Signature, Withdrawn] | None = None
 
     def __call__(self) -> Withdrawn:
         """As `load_withdrawn`."""
-        now = signature(self._folder.withdrawn_path)
+        now = signature(self._path)
         if self._known is None or self._known[0] != now:
             listed = load_withdrawn(self._folder, self._key)
             _archive(self._folder, listed, self._key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -103,8 +104,12 @@ def packed(sums: Arrays) -> dict[str, Array]:
 
 
 def _written(name: str, shape: tuple[int, ...], cells: Index, values: Floats) -> dict[str, Array]:
-    head = np.array([len(shape), *shape], dtype=np.int64)
-    return {name + CELLS: np.concatenate([head, cells.astype(np.int64)]), name + VALUES: values}
+    return {name + CELLS: np.concatenate([_head(shape), cells], dtype=np.int64), name + VALUES: values}
+
+
+@lru_cache(maxsize=64)
+def _head(shape: tuple[int, ...]) -> Index:
+    return np.array([len(shape), *shape], dtype=np.int64)
 
 
 def dense(arrays: Arrays) -> dict[str, Array]:
@@ -148,4 +153,5 @@ def _sound(cells: Array, values: Array, shape: tuple[int, ...]) -> bool:
         return False
     index = cells[len(head) :]
     inside = not len(index) or (index[0] >= 0 and index[-1] < math.prod(shape))
-    return cells[: len(head)].tolist() == head and inside and bool((index[1:] > index[:-1]).all())
+    rising = not np.count_nonzero(index[1:] <= index[:-1])
+    return cells[: len(head)].tolist() == head and bool(inside) and rising

@@ -83,15 +83,18 @@ def load_config(model: type[M], path: Path, error: type[FedwardError]) -> M:
     return validated(model, parse_config(read_bounded(path, error), str(path), error), str(path), error)
 
 
+_CANONICAL = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)  # made once: json.dumps would make one for each call
+
+
 def canonical_json(value: object) -> bytes:
     """The one form of a value that is hashed and signed: keys sorted, no white space, UTF-8.
 
     Raises:
         ValueError: if it holds NaN or infinity.
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o600) -> None:

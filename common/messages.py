@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,10 @@ HEADER = "fedward"
 MAX_HEADER_BYTES = 8 << 20
 MAX_CERTIFICATE_CHARACTERS = 4 << 20
 DTYPES = frozenset({"float32", "float64", "int64"})
+_TEXT = json.JSONEncoder(ensure_ascii=False)
+_RELEASED = b"released"
 _NAMES = {np.dtype(np.int64): "I64", np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
+_RANKS = {kind: rank for rank, kind in enumerate(_NAMES)}  # the library lays out the widest first
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-z][0-9a-z-]{0,63}$")]
@@ -131,9 +133,14 @@ class Reply:
     metrics: Arrays
 
     @cached_property
+    def arrays(self) -> dict[str, Array]:
+        """Both groups under the names by which they travel."""
+        return _prefixed("update", self.update) | _prefixed("metrics", self.metrics)
+
+    @cached_property
     def released(self) -> str:
         """See `released`."""
-        return released(self.update, self.metrics)
+        return _digest(_RELEASED, self.arrays)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ def encode(message: Job | Reply | Refusal) -> bytes:
     if isinstance(message, Job):
         arrays = _prefixed("parameters", message.parameters) | _prefixed("scaling", message.scaling)
     elif isinstance(message, Reply):
-        arrays = _prefixed("update", message.update) | _prefixed("metrics", message.metrics)
+        arrays = message.arrays
     return as_safetensors(arrays, message.header.model_dump_json())
 
 
@@ -203,7 +210,19 @@ def asked(job: Job) -> str:
 
 def released(update: Arrays, metrics: Arrays) -> str:
     """SHA-256 of the numbers that left with a reply, 64 hexadecimal digits."""
-    return _digest(b"released", _prefixed("update", update) | _prefixed("metrics", metrics))
+    return _digest(_RELEASED, _prefixed("update", update) | _prefixed("metrics", metrics))
+
+
+def all_finite(arrays: Arrays) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Args:
+        arrays: of floating-point numbers or integers.
+    """
+    for array in arrays.values():  # a plain loop: most arrays are small, and a generator would cost as much
+        if array.dtype.kind != "i" and np.count_nonzero(np.isfinite(array)) != array.size:
+            return False
+    return True
 
 
 def _digest(what: bytes, arrays: Arrays) -> str:
@@ -212,7 +231,7 @@ def _digest(what: bytes, arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(_array_head(name, array.dtype, array.shape))
-        digest.update(_little_endian(array).data)
+        digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -259,29 +278,28 @@ def as_safetensors(arrays: Arrays, header: str | None = None) -> bytes:
     if not all(array.dtype in _NAMES for array in arrays.values()):
         return save(dict(arrays), metadata=None if header is None else {HEADER: header})
     little = {name: _little_endian(array) for name, array in arrays.items()}
-    order, index = _layout(tuple((name, a.dtype, a.shape) for name, a in little.items()))
+    order = _layout(tuple([(name, array.dtype) for name, array in little.items()]))
+    parts, start = [], 0
+    for name, opening in order:
+        array = little[name]
+        end = start + array.nbytes
+        parts.append(f'{opening}{",".join(map(str, array.shape))}],"data_offsets":[{start},{end}]}}')
+        start = end
+    index = "".join(parts).encode()
     if header is None:
         text = b"{%b}" % index[1:]
     else:
-        told = json.dumps({HEADER: header}, separators=(",", ":"), ensure_ascii=False).encode()
-        text = b'{"__metadata__":%b%b}' % (told, index)
+        text = b'{"__metadata__":{"%b":%b}%b}' % (HEADER.encode(), _TEXT.encode(header).encode(), index)
     text += b" " * (-len(text) % 8)
-    parts = [little[name].data for name in order]
-    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    contents = [little[name].data for name, _ in order]
+    return b"".join([len(text).to_bytes(8, "little"), text, *contents])
 
 
 @lru_cache(maxsize=256)
-def _layout(forms: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> tuple[list[str], bytes]:
-    """Arrays in the order in which they lie in a message, and their part of its index."""
-    ordered = sorted(forms, key=lambda form: (list(_NAMES).index(form[1]), form[0].encode()))
-    index, start = b"", 0
-    for name, kind, shape in ordered:
-        end = start + kind.itemsize * math.prod(shape)
-        told = {"dtype": _NAMES[kind], "shape": shape, "data_offsets": [start, end]}
-        named = json.dumps(name, ensure_ascii=False).encode()
-        index += b",%b:%b" % (named, json.dumps(told, separators=(",", ":")).encode())
-        start = end
-    return [name for name, _, _ in ordered], index
+def _layout(forms: tuple[tuple[str, np.dtype[Any]], ...]) -> list[tuple[str, str]]:
+    """Arrays in the order in which they lie in a message, each with its part of the index up to the shape."""
+    ordered = sorted(forms, key=lambda form: (_RANKS[form[1]], form[0].encode()))
+    return [(name, f',{_TEXT.encode(name)}:{{"dtype":"{_NAMES[kind]}","shape":[') for name, kind in ordered]
 
 
 def _named(kind: str, place: tuple[int | str, ...]) -> str:
@@ -293,7 +311,7 @@ def _named(kind: str, place: tuple[int | str, ...]) -> str:
 
 
 def _prefixed(group: str, arrays: Arrays) -> dict[str, Array]:
-    return {f"{group}/{name}": np.asarray(array, order="C") for name, array in arrays.items()}
+    return {f"{group}/{name}": _little_endian(array) for name, array in arrays.items()}
 
 
 def _group(group: str, arrays: Arrays, allowed: set[str]) -> dict[str, Array]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.cells import sound
 from common.errors import MessageError
-from common.messages import STATISTICS_ROUND, Arrays, Job, Refusal, Reply, decode
+from common.messages import STATISTICS_ROUND, Arrays, Job, Refusal, Reply, all_finite, decode
 from common.metrics import EXACT_BINS, histogram_shapes
 from common.statistics import layout
 from common.study import Study
@@ -54,15 +54,15 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
 
 
 def _whole(found: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return {n: (a.shape, a.dtype) for n, a in found.items()} == {
-        n: (s, np.dtype(np.float64)) for n, s in shapes.items()
-    }
+    return found.keys() == shapes.keys() and all(
+        found[n].shape == shape and found[n].dtype == np.float64 for n, shape in shapes.items()
+    )
 
 
 def _same_arrays(found: Arrays, expected: Arrays, what: str) -> None:
-    if {n: (a.shape, a.dtype) for n, a in found.items()} != {
-        n: (a.shape, a.dtype) for n, a in expected.items()
-    }:
+    if found.keys() != expected.keys() or not all(
+        found[n].shape == a.shape and found[n].dtype == a.dtype for n, a in expected.items()
+    ):
         raise MessageError(
             f"{what} whose names, shapes or types aren't the model's", remedy="update the site's software"
         )
@@ -70,5 +70,5 @@ def _same_arrays(found: Arrays, expected: Arrays, what: str) -> None:
 
 
 def _finite(arrays: Arrays, what: str) -> None:
-    if not all(np.isfinite(a).all() for a in arrays.values()):
+    if not all_finite(arrays):
         raise MessageError(f"{what} with NaN or infinity", remedy="lower the study's learning rate")

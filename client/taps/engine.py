@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from client.blocks import filled
+from client.device import STEP_MEMORY
 from client.rowwise import CLIPPING_MARGIN
 from client.taps.company import Company, Seats, Taps, multiple_of
 from client.taps.coverage import covers, maker
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from client.cohort import Patients
     from client.dpsgd import Batch
 
-MEMORY = 1 << 30  # bytes
 MAX_RECORDS = 4096  # in one pass through the network
 CANCELLING = 2.0**7  # so many times as long as what they sum up to may a patient's rows be
 
@@ -45,7 +45,7 @@ class TappedGradients:
     """
 
     def __init__(
-        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = MEMORY
+        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = STEP_MEMORY
     ) -> None:
         reason = covers(network)
         if reason is not None:

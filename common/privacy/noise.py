@@ -48,7 +48,7 @@ class Stream:
 
     def __init__(self, key: bytes) -> None:
         self._cipher = algorithms.AES(key)
-        self._encryptor = self._counting_from(_BYTES)
+        self._encryptor: CipherContext | None = None  # made when first asked: many streams never are
         self._normals: _Normals | None = None
 
     def __repr__(self) -> str:
@@ -59,6 +59,8 @@ class Stream:
 
     def bytes(self, count: int) -> bytes:
         """The next `count` bytes of the key stream."""
+        if self._encryptor is None:
+            self._encryptor = self._counting_from(_BYTES)
         return self._encryptor.update(bytes(count))
 
     def words(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -81,13 +83,16 @@ class Stream:
         """A uniformly random order of 0 … count-1 (ties of 64-bit keys are negligible)."""
         return np.argsort(self.words(count), kind="stable")
 
-    def normals(self, count: int) -> Iterator[Floats]:
-        """`count` standard normals in consecutive pieces, float64: each may be overwritten by the caller,
-        and is by the next one. Not to be released as they are: see `noised`.
+    def normals(self, count: int, scale: float = 1.0) -> Iterator[Floats]:
+        """`count` standard normals, times `scale`, in consecutive pieces, float64: each may be overwritten by
+        the caller, and is by the next one. Not to be released as they are: see `noised`.
         """
         if self._normals is None:
             self._normals = _Normals(self._counting_from(_NORMALS), self._counting_from(_TAILS))
-        return self._normals.take(count)
+        for piece in self._normals.take(count):
+            if scale != 1.0:
+                piece *= scale
+            yield piece
 
     def normal(self, count: int) -> torch.Tensor:
         """`count` standard normals, float64 [count]; see `normals`."""
@@ -95,18 +100,18 @@ class Stream:
         self.fill(drawn)
         return torch.from_numpy(drawn)
 
-    def fill(self, drawn: Floats) -> None:
-        """Overwrite `drawn` [count] with standard normals; see `normals`."""
+    def fill(self, drawn: Floats, scale: float = 1.0) -> None:
+        """Overwrite `drawn` [count] with standard normals times `scale`; see `normals`."""
         start = 0
         for piece in self.normals(len(drawn)):
-            drawn[start : start + len(piece)] = piece
+            np.multiply(piece, scale, out=drawn[start : start + len(piece)])
             start += len(piece)
 
 
 class Normals(Protocol):
     """What gives standard normals: a `Stream`, or what draws ahead of one (client/ahead)."""
 
-    def normals(self, count: int) -> Iterator[Floats]:
+    def normals(self, count: int, scale: float = 1.0) -> Iterator[Floats]:
         """As `Stream.normals`."""
 
 
@@ -281,9 +286,8 @@ def noised(
     leaving = np.empty(len(values), dtype=np.float32 if dtype == torch.float32 else np.float64)
     scale = 1.0 / divisor
     start = 0
-    for piece in source.normals(len(values)):
+    for piece in source.normals(len(values), standard_deviation):
         end = start + len(piece)
-        piece *= standard_deviation
         piece += values[start:end]
         piece += magic
         piece -= magic

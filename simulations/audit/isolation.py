@@ -111,6 +111,6 @@ def _apart(parameters: Arrays, reply: Reply, victim: int) -> tuple[np.ndarray, n
         if name == FIRST:
             theirs = numbers[:, victim]
             others.append(np.delete(numbers, victim, axis=1).ravel())
-        elif not parameters[name].any():
+        elif name not in parameters or not parameters[name].any():
             others.append(numbers.ravel())
     return theirs, np.concatenate(others)

@@ -4,10 +4,16 @@ A step of fedward's is the vault's own: coins for each patient, the engine that 
 the operating system's key, the optimiser. The others draw shuffled batches of as many records as it expects.
 Ratios within one process, repetitions interleaved, medians: a machine that others use too changes the times,
 but hardly the ratios. Memory is what a fresh process grows by at its peak during steps.
+
+Before an engine takes a batch of a size that it hasn't seen, it tries that size once in a process
+(client/chain and client/taps/company say why), which takes as long as a step or two: with the 19 sizes that
+batches of a CNN may well have, 1.5 s. A site does so in its first rounds, and then no more. The steps that
+are timed come after that; what it costs stands apart, as `StepResult.probes`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import statistics
@@ -21,13 +27,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from client.ahead import Cores, drawn_ahead
 from client.cohort import Patients
-from client.dpsgd import engine_of
+from client.dense import not_dense
+from client.dpsgd import Engine, batch_of, engine_of
 from client.flat import FlatParameters, flat_step
+from client.rowwise import TILE
+from client.taps.company import multiple_of
 from client.training import private_step
 from common.privacy.noise import OperatingSystem
 from common.privacy.plan import StepPlan
@@ -41,6 +51,7 @@ TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 SECONDS = 0.15  # of one repetition of one way
 BATCHES = 10  # expected ones in the cohort
 MEMORY_STEPS = 5
+SPREAD = 2.5  # standard deviations of a batch's size within which sizes are tried before steps are timed
 CLIPPING_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.1
 
 WAYS = ("plain", "opacus", "ghost", "fedward")
@@ -58,6 +69,8 @@ class StepResult:
             worth its while; None for ways that know of none.
         wall_ratio: the same by the clock, which needs a machine with two cores that nobody else uses.
         memory: MiB that a fresh process grows by in some steps; None if not measured.
+        probes: CPU seconds, once in a process, of trying the sizes that batches have (99 % of them), above
+            what steps of those sizes take; in no other figure. None for ways that try none.
     """
 
     work: str
@@ -67,6 +80,7 @@ class StepResult:
     thread_ratio: float | None = None
     wall_ratio: float | None = None
     memory: float | None = None
+    probes: float | None = None
 
 
 def measure_steps(
@@ -88,7 +102,7 @@ def measure_steps(
     for name in names:
         timed = _in_process(["time", name, str(repeats), *ways], tuned)
         for line in timed.splitlines():
-            way, milliseconds, ratio, thread, wall = line.split()
+            way, milliseconds, ratio, thread, wall, probes = line.split()
             grown = float(_in_process(["memory", name, way], tuned)) if memory else None
             found.append(
                 StepResult(
@@ -99,6 +113,7 @@ def measure_steps(
                     thread_ratio=float(thread) if way == "fedward" else None,
                     wall_ratio=float(wall) if way == "fedward" else None,
                     memory=grown,
+                    probes=float(probes) if way == "fedward" else None,
                 )
             )
     return found
@@ -214,6 +229,17 @@ def _ghost(work: Work, invented: Invented) -> Step:
 @contextmanager
 def _fedward(work: Work, invented: Invented, cores: int) -> Iterator[Step]:
     """As client/training takes it."""
+    plan, flat, engine = _private(work, invented)
+    step = flat_step(Optimizer(name="sgd", learning_rate=LEARNING_RATE), flat.trainable)
+    source = OperatingSystem()
+    sampling, noise = source.stream("sampling"), source.stream("noise")
+    deviation = plan.noise_multiplier * CLIPPING_NORM
+    with drawn_ahead(noise, engine.size, Cores(cores), scale=deviation) as normals:
+        yield lambda: private_step(engine, invented.patients, plan, step, sampling, normals)
+
+
+def _private(work: Work, invented: Invented) -> tuple[StepPlan, FlatParameters, Engine]:
+    """What a site trains by: its plan, its parameters and the engine that it would choose."""
     expected = invented.size / work.records
     plan = StepPlan(
         sample_rate=1 / BATCHES,
@@ -225,23 +251,49 @@ def _fedward(work: Work, invented: Invented, cores: int) -> Iterator[Step]:
     )
     network = work.network(False)
     flat = FlatParameters(network, torch.device("cpu"))
-    engine = engine_of(network, Objective(task="multi-class"), expected)
-    step = flat_step(Optimizer(name="sgd", learning_rate=LEARNING_RATE), flat.trainable)
-    source = OperatingSystem()
-    sampling, noise = source.stream("sampling"), source.stream("noise")
-    with drawn_ahead(noise, engine.size, Cores(cores)) as normals:
-        yield lambda: private_step(engine, invented.patients, plan, step, sampling, normals)
+    return plan, flat, engine_of(network, Objective(task="multi-class"), expected)
+
+
+def _sizes(work: Work, patients: float, multiple: int) -> list[int]:
+    """Numbers of patients whose records fill passes of each size that is likely, one number a size.
+
+    Args:
+        patients: expected in a batch.
+        multiple: of which a pass has rows.
+    """
+    reach = SPREAD * math.sqrt(patients * (1 - 1 / BATCHES))
+    likely = range(max(1, math.floor(patients - reach)), math.ceil(patients + reach) + 1)
+    return list({-(-count * work.records // multiple): count for count in likely}.values())
+
+
+def _tried(work: Work) -> tuple[float, int]:
+    """Take a sum of each size that batches are likely to have; CPU seconds and how many."""
+    invented = Invented(work)
+    plan, _, engine = _private(work, invented)
+    multiple = TILE if not_dense(engine.network) is None else multiple_of(engine.network)
+    sizes = _sizes(work, plan.divisor, multiple)
+    stream = OperatingSystem().stream("sampling")
+    began = time.process_time()
+    for size in sizes:
+        engine.sum(
+            invented.patients, batch_of(invented.patients, np.arange(size), plan, stream), CLIPPING_NORM
+        )
+    return time.process_time() - began, len(sizes)
 
 
 def _time(name: str, repeats: int, ways: Sequence[str]) -> None:
-    """Print for each way that can: name, milliseconds, ratio; on two cores, the thread's and the clock's."""
+    """Print for each way that can: name, milliseconds, ratio; on two cores, the thread's and the clock's;
+    seconds of probes."""
+    seconds, sizes = _tried(WORKS[name]) if "fedward" in ways else (0.0, 0)
     cpu = _compared(WORKS[name], ways, repeats, time.process_time, cores=1)
     able = [way for way in cpu if way in {"plain", "fedward"}]
     thread = _compared(WORKS[name], able, repeats, time.thread_time, cores=2)
     wall = _compared(WORKS[name], able, repeats, time.perf_counter, cores=2)
     for way in cpu:
         two = [_ratio(times, way) if way in times else 0.0 for times in (thread, wall)]
-        print(way, 1000 * statistics.median(cpu[way]), _ratio(cpu, way), *two)  # noqa: T201
+        usual = statistics.median(cpu[way])
+        probes = max(0.0, seconds - sizes * usual) if way == "fedward" else 0.0
+        print(way, 1000 * usual, _ratio(cpu, way), *two, probes)  # noqa: T201
 
 
 def _ratio(times: dict[str, list[float]], way: str) -> float:
@@ -294,7 +346,16 @@ def _mebibytes(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-HEADER = ("work", "way", "ms", "÷ plain", "÷ plain, training thread", "÷ plain, clock", "MiB")
+HEADER = (
+    "work",
+    "way",
+    "ms",
+    "÷ plain",
+    "÷ plain, training thread",
+    "÷ plain, clock",
+    "MiB",
+    "probes once, s",
+)
 
 
 def rows(results: Sequence[StepResult]) -> list[list[str]]:
@@ -308,6 +369,7 @@ def rows(results: Sequence[StepResult]) -> list[list[str]]:
             "" if r.thread_ratio is None else f"{r.thread_ratio:.2f}",
             "" if r.wall_ratio is None else f"{r.wall_ratio:.2f}",
             "" if r.memory is None else f"{r.memory:.0f}",
+            "" if r.probes is None else f"{r.probes:.2f}",
         ]
         for r in results
     ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 
 from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
@@ -27,8 +26,6 @@ class InProcessGrid(Grid):
 
     Args:
         workers: threads at most, each with its share of the sites.
-        together: sites of a thread whose messages are handed over at a time.
-        ahead: is told of those messages before the ClientApp is.
         threads: how many threads the next messages deserve.
         pulse: called whenever messages are sent.
     """
@@ -39,14 +36,12 @@ class InProcessGrid(Grid):
         sites: int,
         workers: int,
         *,
-        together: int = 1,
-        ahead: Callable[[Sequence[tuple[Message, Context]]], None] = lambda pairs: None,
         threads: Callable[[], int] | None = None,
         pulse: Callable[[], None] = lambda: None,
     ) -> None:
         # Flower builds a message from the identity of the process that it believes to be in.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 1
-        self._app, self._together, self._ahead = client_app, max(1, together), ahead
+        self._app = client_app
         self._threads, self._pulse = threads or (lambda: workers), pulse
         self._pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="site")
         self._contexts = {
@@ -108,15 +103,7 @@ class InProcessGrid(Grid):
         return done
 
     def _deliver_all(self, messages: list[Message]) -> list[Message]:
-        answers = []
-        for first in range(0, len(messages), self._together):
-            group = messages[first : first + self._together]
-            contexts = [self._contexts[message.metadata.dst_node_id] for message in group]
-            pairs = list(zip(group, contexts, strict=True))
-            with suppress(Exception):  # then each is answered on its own, and what went wrong shows there
-                self._ahead(pairs)
-            answers += [self._deliver(message, context) for message, context in pairs]
-        return answers
+        return [self._deliver(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
 
     def _deliver(self, message: Message, context: Context) -> Message:
         try:

@@ -12,14 +12,14 @@ from flwr.app import Context, RecordDict
 
 from client import door, stacking
 from client.app import app as client_app
-from client.app import request_of
 from common.errors import SiteError
 from common.study import Study
 from server.app import app as server_app
 from server.sessions import new_session_id
 from server.store import Settings, Store
-from simulations.engine.inprocess import RUN_ID, InProcessGrid
-from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, site_index, warm_capacity
+from simulations.engine.direct import DirectGrid
+from simulations.engine.inprocess import RUN_ID
+from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, warm_capacity
 from simulations.engine.together import Pace
 
 PROGRESS_PAUSE = 0.2  # seconds between looks at the store
@@ -94,7 +94,7 @@ def simulate(
     settings: SimulationSettings,
     watch: Callable[[int], None] = lambda done: None,
 ) -> Simulation:
-    """Run a study in this process, behind Flower's Grid interface.
+    """Run a study in this process: Flower's ServerApp leads, and its grid asks the vaults without messages.
 
     Args:
         sites: folder of site folders; only read.
@@ -111,12 +111,12 @@ def simulate(
     capacity = warm_capacity(places, workers, settings.memory_bytes)
     pace = Pace(stacking.together, workers)
     pool = VaultPool(places, settings.seed, capacity, pace)
-    grid = InProcessGrid(
+    grid = DirectGrid(
         client_app,
         len(places),
         workers,
+        pool.outcomes,
         together=capacity // workers,
-        ahead=lambda pairs: pool.ahead([(site_index(c.node_config), request_of(m)) for m, c in pairs]),
         threads=pace.threads,
         pulse=_told_now_and_then(simulation, watch),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +116,6 @@ class VaultPool:
         self._do = do
         self._open: OrderedDict[int, Vault] = OrderedDict()
         self._busy: set[int] = set()
-        self._ready: dict[int, tuple[bytes, Outcome]] = {}
         self._changed = threading.Condition()
 
     def resolve(self, node_config: Mapping[str, object]) -> Answer:
@@ -124,38 +123,34 @@ class VaultPool:
         index = site_index(node_config)
         return lambda request: self._answer(index, request)
 
-    def ahead(self, requests: Sequence[tuple[int, bytes]]) -> None:
-        """Answer the requests of some sites side by side, and keep each answer until its site is asked.
+    def outcomes(self, requests: Mapping[int, bytes]) -> dict[int, Outcome]:
+        """Answer the requests of some sites side by side.
 
         Args:
-            requests: site and request; of several for one site only the first is answered ahead.
+            requests: site → its request.
+
+        Returns:
+            Site → its answer, or why its vault could not be opened.
         """
-        first: dict[int, bytes] = {}
-        for index, request in requests:
-            first.setdefault(index, request)
         failed: dict[int, Outcome] = {}
         working: dict[int, Working] = {}
         taken: dict[int, Vault | None] = {}
         try:
-            for index in sorted(first):  # in one order, so that two threads never wait for each other
+            for index in sorted(requests):  # in one order, so that two threads never wait for each other
                 vault = taken[index] = self._take(index)
                 try:
                     vault = taken[index] = vault or open_simulated(self._places[index], self._seed)
-                    working[index] = vault.working(first[index])
+                    working[index] = vault.working(requests[index])
                 except Exception as error:
                     failed[index] = error
-            outcomes = answered(working, self._do)
+            answers = answered(working, self._do)
         finally:
             for index, vault in taken.items():
                 self._give_back(index, vault)
-        self._ready |= {i: (first[i], outcome) for i, outcome in (failed | outcomes).items()}
+        return failed | answers
 
     def _answer(self, index: int, request: bytes) -> bytes:
-        known = self._ready.pop(index, None)
-        if known is None or known[0] is not request:
-            self.ahead([(index, request)])
-            known = self._ready.pop(index)
-        outcome = known[1]
+        outcome = self.outcomes({index: request})[index]
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome

@@ -30,7 +30,7 @@ _START_SECONDS = 90.0
 _COMMAND_SECONDS = 120.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-_CALM_LOOKS = 5  # in a row
+_CALM_LOOKS = 10  # in a row
 _SHOWN_CHARACTERS = 1500
 
 
@@ -203,7 +203,7 @@ def _end(process: subprocess.Popen[bytes], owner: str) -> None:
     asked: set[int] = set()
     calm = 0
     began = time.monotonic()
-    while calm < _CALM_LOOKS and time.monotonic() < began + 2 * _STOP_SECONDS:
+    while calm < _CALM_LOOKS and time.monotonic() < began + 4 * _STOP_SECONDS:
         left = _owned(process, owner)
         calm = 0 if left else calm + 1
         late = time.monotonic() > began + _STOP_SECONDS

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
 import torch
 
+from client.cohort import Patients
 from client.tasks import Evaluation, Task, Training, Working
 from client.training import shares
-from common.messages import Arrays
+from common.messages import Array, Arrays
 from common.metrics import histograms, histograms_apart
 from common.objectives import scores
 
@@ -67,13 +69,21 @@ def _in_one_pass(tasks: Sequence[Evaluation]) -> list[Arrays]:
     study, bins = first.study, tasks[0].bins
     if not study.subgroup_columns:
         labels = torch.cat([each.labels for each in patients]).cpu().numpy()
-        weights = torch.cat([shares(each) for each in patients]).numpy()
+        weights = _shares(patients)
         return list(histograms_apart(study, found.numpy(), labels, weights, bins, counts))
     told = []
     for own, part in zip(patients, found.split(counts), strict=True):
         groups = None if own.groups is None else own.groups.cpu()
         told.append(histograms(study, part, own.labels.cpu(), shares(own), bins, groups))
     return list(told)
+
+
+def _shares(patients: Sequence[Patients]) -> Array:
+    """`client.training.shares` of one site after the other, in one go."""
+    counts = np.diff(np.concatenate([each.offsets.numpy() for each in patients]))
+    between = np.cumsum([len(each.offsets) for each in patients])[:-1] - 1  # one site's end, the next one's 0
+    counts = np.delete(counts, between)
+    return np.repeat(1.0 / counts, counts)
 
 
 WORTH_A_THREAD = 0.01

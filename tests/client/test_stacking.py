@@ -203,7 +203,7 @@ def test_what_is_not_alike_stays_apart() -> None:
         training(one, 3, [1] * 11, 12),
         training(private, 4, [1] * 10, 12),
     ]
-    assert groups(trainings) == [[0, 3], [1], [2], [4]]
+    assert groups(trainings) == [[0, 3], [1, 4], [2]]
     assert groups([]) == []
     assert together([]) == []
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import patients, study
+from small import allow, answered, job, make_site, patients, study
 from torch import nn
 
 from client.cohort import Cohort, Patients
-from client.device import resolve
+from client.device import Computing, resolve
 from client.dpsgd import batch_of
 from client.flat import FlatParameters, flat_step
+from client.settings import SiteFolder
+from client.site import open_vault
 from client.training import Trainer
 from common.errors import SiteError
 from common.models import parameter_arrays, study_model
@@ -204,8 +206,8 @@ def test_an_absent_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cohort = patients([1] * 5)
     wanted = study()
     with pytest.raises(SiteError, match="no CUDA device"):
-        Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), device="cuda")
-    trainer = Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), device="auto")
+        Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), computing=Computing("cuda"))
+    trainer = Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), computing=Computing("auto"))
     assert trainer.cohort.train is cohort
 
 
@@ -221,9 +223,26 @@ def test_cuda_and_processor_agree(model: dict[str, Any], counts: list[int], mode
     start = parameter_arrays(study_model(wanted))
     found = []
     for device in ("cpu", "cuda"):
-        trainer = Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), device=device)  # type: ignore[arg-type]
+        trainer = Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50), computing=Computing(device))  # type: ignore[arg-type]
         update = trainer.train(start, stream("sampling"), stream("noise"))
         found.append((update, trainer.evaluate(start, 10)))
     for one, other in zip(found[0], found[1], strict=True):
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_site_says_where_to_compute(tmp_path: Path) -> None:
+    """`device` of site.toml counts; CUDA that isn't there is the operator's error, before any round."""
+    folder = make_site(tmp_path / "site")
+    file = folder.root / "site.toml"
+    assert folder.file.device == "auto"
+    file.write_text('device = "cuda"\n' + file.read_text())
+    asked = study()
+    allow(SiteFolder(folder.root), asked)
+    if not torch.cuda.is_available():
+        with pytest.raises(SiteError, match="no CUDA device"):
+            open_vault(SiteFolder(folder.root), durable=False)
+        return
+    vault = open_vault(SiteFolder(folder.root), durable=False)
+    answered(vault, job(asked))
+    vault.close()

@@ -28,6 +28,7 @@ from common.messages import (
     RefusalHeader,
     Reply,
     ReplyHeader,
+    all_finite,
     as_safetensors,
     asked,
     decode,
@@ -449,3 +450,20 @@ def test_a_sealed_message_is_its_bytes_and_is_not_read_again() -> None:
     assert decode(arrived) is not job
     assert asked(decode(arrived)) == asked(job) == job.asked
     assert type(decode(bytes(content)).header) is JobHeader
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_one_value_that_is_not_finite_is_found(wrong: float, kind: type) -> None:
+    for place in range(6):
+        array = np.zeros((2, 3), dtype=kind)
+        assert all_finite({"cells": np.arange(3), "empty": np.zeros(0), "a": array})
+        array.flat[place] = wrong
+        assert not all_finite({"cells": np.arange(3), "empty": np.zeros(0), "a": array})
+
+
+def test_the_digest_of_a_reply_does_not_depend_on_how_its_arrays_lie() -> None:
+    """In columns, or with the bytes of a number the other way round: what travels is the same."""
+    plain = np.arange(6, dtype=np.float32).reshape(2, 3)
+    odd = np.asfortranarray(plain), plain.astype(">f4"), np.repeat(plain, 2, axis=1)[:, ::2]
+    assert {released({"a": each}, {}) for each in odd} == {released({"a": plain}, {})}

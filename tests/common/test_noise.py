@@ -506,14 +506,17 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     assert not [t for t in threading.enumerate() if t.name.startswith("noise")]
 
 
-def released_in(steps: int, size: int, cores: Cores, begin: bool = True) -> torch.Tensor:
+AHEAD = step_plan(noise_multiplier=1.3, clipping_norm=0.7)
+
+
+def released_in(steps: int, size: int, cores: Cores, begin: bool = True, scale: float = 1.0) -> torch.Tensor:
     means = []
-    with drawn_ahead(stream("ahead"), size, cores) as source:
+    with drawn_ahead(stream("ahead"), size, cores, scale=scale) as source:
         for step in range(steps):
             if begin:
                 source.begin()
                 source.begin()  # twice is once
-            means.append(noised_mean(torch.full((size,), float(step)), step_plan(), source))
+            means.append(noised_mean(torch.full((size,), float(step)), AHEAD, source))
     return torch.stack(means)
 
 
@@ -522,9 +525,13 @@ def test_what_is_drawn_ahead_is_the_same(few: int) -> None:
     for count in (2, 8):
         assert torch.equal(released_in(3, few, Cores(count)), alone)
     assert torch.equal(released_in(3, few, Cores(2), begin=False), alone)
+    scale = AHEAD.noise_multiplier * (AHEAD.clipping_norm or 0.0)
+    assert scale != 1.0
+    for begin in (True, False):
+        assert torch.equal(released_in(3, few, Cores(2), begin, scale), alone)
     source = stream("ahead")
     assert torch.equal(
-        alone, torch.stack([noised_mean(torch.full((few,), float(s)), step_plan(), source) for s in range(3)])
+        alone, torch.stack([noised_mean(torch.full((few,), float(s)), AHEAD, source) for s in range(3)])
     )
 
 
@@ -592,9 +599,14 @@ def test_a_thread_that_cannot_start_is_an_error(few: int, monkeypatch: pytest.Mo
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(ahead, "ThreadPoolExecutor", refuse)
-    with drawn_ahead(stream(), few, cores) as source, pytest.raises(RuntimeError, match="new thread"):
-        source.begin()
+    with drawn_ahead(stream(), few, cores) as source:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                source.begin()
+        assert cores._busy == 1
+        alone = noised_mean(torch.zeros(few), step_plan(), stream())
+        assert torch.equal(noised_mean(torch.zeros(few), step_plan(), source), alone)
     assert cores._busy == 0
 
 
@@ -616,6 +628,25 @@ def test_no_other_number_is_taken_than_was_begun(few: int) -> None:
         source.begin()
         with pytest.raises(ValueError, match="were begun"):
             noised_mean(torch.zeros(few - 1), step_plan(), source)
+
+
+def test_no_other_scale_is_taken_than_was_begun(few: int) -> None:
+    with drawn_ahead(stream(), few, Cores(2), scale=1.25) as source:
+        source.begin()
+        with pytest.raises(ValueError, match=r"at scale 1\.25"):
+            noised(torch.zeros(few), 2.5, source)
+        assert len(noised(torch.zeros(few), 2.5, source)) == few  # nothing was begun, so nothing was scaled
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-20, 1e5])
+def test_scaled_normals_are_the_normals_times_the_scale(scale: float) -> None:
+    """Each rounded once, whoever does it."""
+    expected = stream("scaled").normal(150_001).numpy() * scale
+    filled = np.empty(150_001)
+    stream("scaled").fill(filled, scale)
+    assert (filled == expected).all()
+    pieces = [piece.copy() for piece in stream("scaled").normals(150_001, scale)]
+    assert (np.concatenate(pieces) == expected).all()
 
 
 def test_a_trainer_draws_ahead_and_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

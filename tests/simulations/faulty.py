@@ -277,3 +277,37 @@ def _(patch: pytest.MonkeyPatch) -> None:
         return {name: np.array(array, dtype=np.float64) for name, array in exact.items()}
 
     patch.setattr(vault, "noised_histograms", faulty)
+
+
+# --- the table of simulations/audit/README.md: PYTHONPATH=tests python tests/simulations/faulty.py
+
+
+def main() -> None:
+    """Plant each fault, audit, and print which checks raise an alarm."""
+    import time
+
+    import small
+
+    from simulations.audit.run import SHORT, audit
+
+    study = small.study(
+        algorithm={"rounds": 40},
+        training={"local_steps": 1, "sample_rate": 0.25},
+        privacy={"mode": "patient-dp", "epsilon": 4.0, "delta": 1e-4, "clipping_norm": 1.0},
+    )
+    print("| fault | alarms | least p, and its check | bound refutes | s |\n|---|---|---|---|---|")
+    for name in FAULTS:
+        began = time.monotonic()
+        with planted(name):
+            found = audit(study, 200, size=SHORT)
+        worst = min(found.conformance.checks, key=lambda check: check.p)
+        refuted = "yes" if any(bound.refuted for bound in found.bounds) else "no"
+        seconds = time.monotonic() - began
+        print(
+            f"| {name} | {len(found.conformance.alarms)} of {len(found.conformance.checks)} "
+            f"| {worst.p:.1g}: {worst.name} | {refuted} | {seconds:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
@@ -51,8 +52,27 @@ def test_one_row_is_measured_in_processes_of_its_own() -> None:
         assert math.isfinite(result.memory)
     assert found[1].wall_ratio is not None
     assert found[1].thread_ratio is not None
+    assert found[0].probes is None
+    assert found[1].probes is not None
+    assert found[1].probes >= 0
     assert all(len(row) == len(HEADER) for row in rows(found))
     json.dumps(as_json(found), allow_nan=False)
+
+
+def test_likely_sizes_are_tried_before_steps_are_timed() -> None:
+    """Of 10 n patients each takes part with probability 1/10: their number has n · 9/10 for a variance."""
+    for records, expected, multiple in ((1, 256, 4), (1, 256, 32), (1, 32, 16), (4, 2, 32), (40, 16, 32)):
+        work = Work("Some", SMALL.network, (expected * records, 5), 3, records)
+        sizes = steps._sizes(work, expected, multiple)
+        law = stats.binom(10 * expected, 0.1)
+        tried = {-(-size * records // multiple) for size in sizes}
+        assert len(tried) == len(sizes)
+        likely = range(max(1, int(law.ppf(0.008))), int(law.isf(0.008)) + 1)
+        assert {-(-size * records // multiple) for size in likely} <= tried
+        assert all(law.pmf(size) > 1e-5 for size in sizes)
+    seconds, tried_now = steps._tried(SMALL)
+    assert seconds > 0
+    assert tried_now >= 1
 
 
 def test_every_rows_network_goes_without_opacus() -> None:

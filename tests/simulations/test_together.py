@@ -192,20 +192,18 @@ def test_finished_is_one_request_alone(vaults: list[Vault]) -> None:
 
 
 def test_messages_for_one_node_twice_are_both_answered(tmp_path: Path) -> None:
-    """The second waits for no answer made ahead."""
     from flwr.app import Message, RecordDict
     from flwr.clientapp import ClientApp
 
-    app, seen = ClientApp(), []
+    app = ClientApp()
 
     @app.train()
     def answer(message: Message, context: object) -> Message:
         return Message(RecordDict(), reply_to=message)
 
-    grid = InProcessGrid(app, 2, 2, together=2, ahead=lambda pairs: seen.append(len(pairs)))
+    grid = InProcessGrid(app, 2, 2)
     nodes = list(grid.get_node_ids())
     sent = [grid.create_message(RecordDict(), "train", node, group_id="") for node in (*nodes, nodes[0])]
     back = list(grid.send_and_receive(sent))
     assert [m.metadata.src_node_id for m in back] == [*nodes, nodes[0]]
-    assert sum(seen) == 3
     grid.close()
