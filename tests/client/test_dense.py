@@ -105,13 +105,10 @@ def test_sums_are_those_of_the_loop(
 
 @pytest.mark.parametrize("memory", [0, 1 << 28])
 @pytest.mark.parametrize("each", [2, 9])
-def test_gram_matrices_and_held_gradients_agree(
-    memory: int, each: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gram_matrices_and_held_gradients_agree(memory: int, each: int) -> None:
     network = mlp([40, 30, 3])
     cohort = cohort_of([each] * 5 + [1, each + 3], (40,))
-    engine = DenseGradients(network, CLASSES)
-    monkeypatch.setattr(dense, "MEMORY", memory)
+    engine = DenseGradients(network, CLASSES, memory=memory)
     agrees(engine, network, cohort, CLASSES)
 
 
