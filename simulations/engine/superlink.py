@@ -222,9 +222,10 @@ def _owned(process: subprocess.Popen[bytes], owner: str) -> list[int]:
     /proc tells it; elsewhere only SuperLink itself is known, and Ray's daemons follow their driver).
     """
     found = {process.pid} if process.poll() is None else set()
-    mark = f"{OWNER_VARIABLE}={owner}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # another user's, or it has just ended
-            if mark in path.read_bytes().split(b"\0"):
+            # Not by the variable's name: a process that sets its title may write over some of this
+            if owner.encode() in path.read_bytes():
                 found.add(int(path.parent.name))
+    found.discard(os.getpid())
     return sorted(found)
