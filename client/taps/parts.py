@@ -146,11 +146,11 @@ def silenced(values: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
     return values.masked_fill(bad.view(-1, *[1] * (values.dim() - 1)), 0.0)
 
 
-class Held:
-    """The patients' gradients of one slot, [patients, slot's size]."""
+class _OneSlot:
+    """Values [patients or records, slot's size] for one slot."""
 
-    def __init__(self, slot: Slot, gradients: torch.Tensor) -> None:
-        self.slot, self.values = slot, gradients
+    def __init__(self, slot: Slot, values: torch.Tensor) -> None:
+        self.slot, self.values = slot, values
 
     @property
     def slots(self) -> Sequence[Slot]:
@@ -162,6 +162,10 @@ class Held:
 
     def take(self, rows: Where) -> None:
         self.values = self.values[rows]
+
+
+class Held(_OneSlot):
+    """The patients' gradients of one slot, [patients, slot's size]."""
 
     def lengths(self, groups: Groups) -> torch.Tensor:
         return record_lengths(self.values)
@@ -179,23 +183,12 @@ class Held:
         self.values = silenced(self.values, bad)
 
 
-class Vectors:
+class Vectors(_OneSlot):
     """A gradient per record, [records, slot's size]: of biases and of scales."""
 
     def __init__(self, slot: Slot, records: torch.Tensor) -> None:
-        self.slot, self.values = slot, records
+        super().__init__(slot, records)
         self._held: Held | None = None
-
-    @property
-    def slots(self) -> Sequence[Slot]:
-        return (self.slot,)
-
-    @property
-    def taps(self) -> Sequence[torch.Tensor]:
-        return (self.values,)
-
-    def take(self, rows: Where) -> None:
-        self.values = self.values[rows]
 
     def lengths(self, groups: Groups) -> torch.Tensor:
         return groups.sum(record_lengths(self.values)[:, None])[:, 0]

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from client.rowwise import CLIPPING_MARGIN
-from simulations.audit.observe import Observed
+from simulations.audit.observe import AMPLITUDE, Observed
 
 FALSE_ALARM = 0.01  # of all checks together
-AMPLITUDE = 1.0 - CLIPPING_MARGIN  # of C: what a clipped patient adds
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,8 @@ def _scaled(seen: Observed) -> dict[str, np.ndarray]:
 def _variance(site: str, name: str, values: np.ndarray) -> Check:
     """χ² on Σ z², two-sided."""
     count, total = values.size, float(np.square(values).sum())
-    below, above = stats.chi2.cdf(total, count), stats.chi2.sf(total, count)
     told = f"noise's standard deviation / claimed: {math.sqrt(total / count):.4f} ({count} numbers)"
-    return Check(site, f"noise variance, {name}", min(1.0, 2 * min(below, above)), told)
+    return Check(site, f"noise variance, {name}", _two_sided(total, count), told)
 
 
 def _noise(site: str, name: str, values: np.ndarray) -> Iterator[Check]:
@@ -190,9 +187,8 @@ def _participation(seen: Observed) -> Check:
     count, rate = seen.steps * len(seen.along), seen.plan.step.sample_rate
     variance = count * rate * (1 - rate) * AMPLITUDE**2 + seen.noise**2 * len(seen.along)
     total = float(np.square(values - count * rate * AMPLITUDE).sum() / variance)
-    low, high = stats.chi2.cdf(total, len(values)), stats.chi2.sf(total, len(values))
     return Check(
-        seen.site, "each patient's coins are its own", min(1.0, 2 * min(low, high)),
+        seen.site, "each patient's coins are its own", _two_sided(total, len(values)),
         f"variance of what patients add over all rounds / expected: {total / max(1, len(values)):.3f}",
     )  # fmt: skip
 
@@ -204,9 +200,8 @@ def _together(seen: Observed) -> Check:
     draws = patients * seen.steps
     variance = draws * rate * (1 - rate) * AMPLITUDE**2 + patients * seen.noise**2
     total = float(np.square(values - draws * rate * AMPLITUDE).sum() / variance)
-    low, high = stats.chi2.cdf(total, len(values)), stats.chi2.sf(total, len(values))
     return Check(
-        seen.site, "the batch's size is random", min(1.0, 2 * min(low, high)),
+        seen.site, "the batch's size is random", _two_sided(total, len(values)),
         f"variance of what all add in a round / expected: {total / len(values):.3f}",
     )  # fmt: skip
 
@@ -218,13 +213,15 @@ def _evaluation(seen: Observed) -> Iterator[Check]:
     deviation = plan.noise_multiplier * plan.sensitivity
     for name, cells in seen.histograms.items():
         values = np.sort(np.asarray(cells, dtype=np.float64).ravel())[:-2] / deviation
-        yield from _truncated(seen.site, name, values)
+        if not values.size:
+            continue
+        total = float(np.square(values).sum())
+        told = (
+            f"standard deviation / claimed in {values.size} empty cells: {math.sqrt(total / values.size):.3f}"
+        )
+        yield Check(seen.site, f"evaluation's noise, {name}", _two_sided(total, values.size), told)
 
 
-def _truncated(site: str, name: str, values: np.ndarray) -> Iterator[Check]:
-    total, count = float(np.square(values).sum()), len(values)
-    if not count:
-        return
-    low, high = stats.chi2.cdf(total, count), stats.chi2.sf(total, count)
-    told = f"standard deviation / claimed in {count} empty cells: {math.sqrt(total / count):.3f}"
-    yield Check(site, f"evaluation's noise, {name}", min(1.0, 2 * min(low, high)), told)
+def _two_sided(total: float, count: int) -> float:
+    """p-value of a sum of `count` squares of standard normals."""
+    return float(min(1.0, 2 * min(stats.chi2.cdf(total, count), stats.chi2.sf(total, count))))

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 
-from client.rowwise import CLIPPING_MARGIN
-from common.errors import FedwardError
 from common.privacy.mechanism import SubsampledGaussian
-from simulations.audit.observe import Observed
-from simulations.audit.second import second_epsilon
+from simulations.audit.observe import AMPLITUDE, Observed
+from simulations.audit.second import second_deltas, second_epsilon
 
 CONFIDENCE = 0.95
 REFUTATION = 0.999  # of a bound that is taken to refute a claim
 GUESSES = (20, 50, 100, 200, 400, 800, 1600, 3200)
 _LEAST_NOISE, _MOST_NOISE = 0.2, 60.0
+_INTERVAL = 2e-3
 _LOSSES = np.concatenate([np.linspace(0.0, 6.0, 61), np.linspace(6.2, 30.0, 60)])
 
 
@@ -87,7 +85,7 @@ def log_likelihood_ratio(seen: Observed) -> np.ndarray:
     """
     taken = np.arange(seen.steps + 1)
     weights = stats.binom.logpmf(taken, seen.steps, seen.plan.step.sample_rate)
-    amplitudes = taken * (1.0 - CLIPPING_MARGIN)
+    amplitudes = taken * AMPLITUDE
     variance = seen.noise**2
     total = np.zeros(seen.along.shape[1])
     for sums in seen.along:
@@ -125,7 +123,7 @@ def best_threshold(seen: Observed, trials: int = 20_000) -> float:
     random = np.random.default_rng(0)
     shape = (len(seen.along), trials)
     noise = seen.noise * random.standard_normal(shape)
-    taken = random.binomial(seen.steps, seen.plan.step.sample_rate, shape) * (1.0 - CLIPPING_MARGIN)
+    taken = random.binomial(seen.steps, seen.plan.step.sample_rate, shape) * AMPLITUDE
     absent = log_likelihood_ratio(replace(seen, along=noise))
     there = log_likelihood_ratio(replace(seen, along=noise + taken))
     half, level = seen.along.shape[1] // 2, (1 - CONFIDENCE) / 2
@@ -143,7 +141,8 @@ def _by_trade_off(rates: tuple[float, float], rate: float, steps: int, delta: fl
     """ε of the most noise whose trade-off curve lies below the error rates (bisection over the noise)."""
 
     def violated(noise: float) -> bool:
-        curve = _deltas(round(noise, 6), rate, steps)
+        event = SubsampledGaussian(noise_multiplier=round(noise, 6), sample_rate=rate, steps=steps)
+        curve = np.array(second_deltas(event, tuple(_LOSSES.tolist()), _INTERVAL))
         return rates[1] < _least_negatives(curve, rates[0]) - 1e-6
 
     low, high = _LEAST_NOISE, _MOST_NOISE
@@ -162,9 +161,10 @@ def _by_trade_off(rates: tuple[float, float], rate: float, steps: int, delta: fl
 def _by_noise(seen: Observed, rate: float, steps: int, delta: float) -> float:
     """ε of the most noise that the empty columns allow (χ²)."""
     empty = seen.along[:, ~seen.who.present]
-    most = math.sqrt(
-        float(np.square(empty).sum() / stats.chi2.ppf(1 - CONFIDENCE, empty.size)) / seen.steps
-    ) / (1.0 - CLIPPING_MARGIN)
+    most = (
+        math.sqrt(float(np.square(empty).sum() / stats.chi2.ppf(1 - CONFIDENCE, empty.size)) / seen.steps)
+        / AMPLITUDE
+    )
     return second_epsilon([SubsampledGaussian(noise_multiplier=most, sample_rate=rate, steps=steps)], delta)
 
 
@@ -173,22 +173,6 @@ def _least_negatives(deltas: np.ndarray, positives: float) -> float:
     one = 1 - deltas - np.exp(_LOSSES) * positives
     other = np.exp(-_LOSSES) * (1 - deltas - positives)
     return max(0.0, float(one.max()), float(other.max()))
-
-
-@lru_cache(maxsize=1024)
-def _deltas(noise: float, rate: float, steps: int) -> np.ndarray:
-    """δ(ε) at `_LOSSES`."""
-    try:
-        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-        from dp_accounting.pld import PLDAccountant
-    except ImportError:
-        raise FedwardError(
-            "the second accountant is not installed", remedy="pip install 'fedward[audit]'"
-        ) from None
-    accountant = PLDAccountant(value_discretization_interval=2e-3)
-    gaussian = GaussianDpEvent(noise)
-    accountant.compose(gaussian if rate == 1 else PoissonSampledDpEvent(rate, gaussian), steps)
-    return np.array([accountant.get_delta(loss) for loss in _LOSSES])
 
 
 def one_run(scores: np.ndarray, present: np.ndarray, delta: float) -> float:

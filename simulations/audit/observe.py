@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.door import Answer
+from client.rowwise import CLIPPING_MARGIN
 from common.errors import FedwardError
 from common.messages import Arrays, Job, JobHeader, Reply, decode, encode
 from common.privacy.plan import StudyPlan
 from common.study import Study
 from simulations.audit.canaries import FIRST, WIDE, WIDE_PATIENTS, Canaries, crafted, direction
+
+AMPLITUDE = 1.0 - CLIPPING_MARGIN  # of C: what a clipped patient adds
 
 
 @dataclass(frozen=True)

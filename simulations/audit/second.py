@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from common.errors import FedwardError
-from common.privacy.mechanism import Event, rate_and_steps
+from common.privacy.mechanism import Event, SubsampledGaussian, rate_and_steps
 
 # A forged certificate must not keep the accountant busy for hours.
 MOST_KINDS, MOST_STEPS = 64, 2 * 10**6
@@ -62,6 +62,24 @@ def _interval(counts: Counts) -> float:
 
 @lru_cache(maxsize=1024)
 def _epsilon(counts: Counts, delta: float) -> float:
+    return float(_accountant(counts, _interval(counts)).get_epsilon(delta))
+
+
+@lru_cache(maxsize=1024)
+def second_deltas(event: SubsampledGaussian, losses: tuple[float, ...], interval: float) -> tuple[float, ...]:
+    """δ(ε) of one kind of event at several ε.
+
+    Args:
+        interval: width of the accountant's grid.
+
+    Raises:
+        FedwardError: if dp-accounting isn't installed.
+    """
+    accountant = _accountant((((event.noise_multiplier, event.sample_rate), event.steps),), interval)
+    return tuple(float(accountant.get_delta(loss)) for loss in losses)
+
+
+def _accountant(counts: Counts, interval: float) -> Any:
     try:
         from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
         from dp_accounting.pld import PLDAccountant
@@ -69,10 +87,8 @@ def _epsilon(counts: Counts, delta: float) -> float:
         raise FedwardError(
             "the second accountant is not installed", remedy="pip install 'fedward[audit]'"
         ) from None
-    accountant: Any = PLDAccountant(
-        NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_interval(counts)
-    )
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
     for (sigma, rate), steps in counts:
         gaussian = GaussianDpEvent(sigma)
         accountant.compose(gaussian if rate == 1 else PoissonSampledDpEvent(rate, gaussian), steps)
-    return float(accountant.get_epsilon(delta))
+    return accountant

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,6 +128,14 @@ def _average(network: nn.Module, states: Sequence[dict[str, torch.Tensor]], weig
     network.load_state_dict(mean)
 
 
+def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> None:
+    """As everybody writes it."""
+    for features, labels in loader:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(features), labels).backward()
+        optimizer.step()
+
+
 def _plain(floor: Floor, network: nn.Module) -> Callable[[int], None]:
     """What a tutorial shows: a DataLoader, a model and an optimiser made anew for every site and round."""
 
@@ -138,10 +147,7 @@ def _plain(floor: Floor, network: nn.Module) -> Callable[[int], None]:
             data = TensorDataset(patients.features, patients.labels)
             loader = DataLoader(data, batch_size=BATCH, sampler=order.tolist())
             model.train()
-            for features, labels in loader:
-                optimizer.zero_grad()
-                functional.cross_entropy(model(features), labels).backward()
-                optimizer.step()
+            _epoch(model, optimizer, loader)
             states.append(model.state_dict())
         _average(network, states, floor.weights)
 
@@ -279,10 +285,7 @@ def _opacus(floor: Floor, network: nn.Module) -> Callable[[int], None]:
                 noise_multiplier=plan.step.noise_multiplier,
                 max_grad_norm=plan.step.clipping_norm or 0.0,
             )
-            for features, labels in loader:
-                optimizer.zero_grad()
-                functional.cross_entropy(wrapped(features), labels).backward()
-                optimizer.step()
+            _epoch(wrapped, optimizer, loader)
             states.append(model.state_dict())
         _average(network, states, floor.weights)
 

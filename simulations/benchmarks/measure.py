@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import DeploymentError
+
 if TYPE_CHECKING:
     from server.store import Store
+
+
+def in_a_process(command: Sequence[str], seconds: float) -> str:
+    """What a command says, which may take so many seconds.
+
+    Raises:
+        DeploymentError: if it fails.
+    """
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise DeploymentError(
+            f"{command[1:4]} ended with {done.returncode}: {done.stderr[-500:]}",
+            remedy="see what it says, and that there is memory enough",
+        )
+    return done.stdout
 
 
 @dataclass(frozen=True)

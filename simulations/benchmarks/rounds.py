@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.errors import DeploymentError
 from common.files import write_atomic
 from common.processes import beside_python
 from common.study import Study, load_study
 from simulations.benchmarks.federations import FEDERATIONS, Federation
-from simulations.benchmarks.measure import Comparison, Result, Timing, each_round
+from simulations.benchmarks.measure import Comparison, Result, Timing, each_round, in_a_process
 
 if TYPE_CHECKING:
     from simulations.benchmarks.floors import Ended
@@ -73,7 +71,7 @@ def _compare(federation: Federation, work: Path, repeats: int, ray: bool) -> Com
     commands = []
     for repeat in range(repeats):
         for number, way in enumerate(ways):
-            runs[way].append(_in_a_process(way, study, sites, work / federation.name / f"{repeat}-{number}"))
+            runs[way].append(_measured(way, study, sites, work / federation.name / f"{repeat}-{number}"))
         commands.append(_command(study, sites, work / federation.name / f"{repeat}-command"))
     plain = statistics.median(r["processor"] for r in runs[ways[0]])
     reference = _weights(work / federation.name / "0-0")
@@ -97,9 +95,9 @@ def _compare(federation: Federation, work: Path, repeats: int, ray: bool) -> Com
     return Comparison(federation.name, title, tuple(results))
 
 
-def _in_a_process(way: str, study: Path, sites: Path, run: Path) -> dict[str, float]:
+def _measured(way: str, study: Path, sites: Path, run: Path) -> dict[str, float]:
     command = [sys.executable, "-m", __name__, way, str(study), str(sites), str(run)]
-    told: dict[str, float] = json.loads(_done(command).splitlines()[-1])
+    told: dict[str, float] = json.loads(in_a_process(command, _LONGEST_SECONDS).splitlines()[-1])
     return told
 
 
@@ -107,24 +105,8 @@ def _command(study: Path, sites: Path, run: Path) -> float:
     """Wall seconds of the command as a person gives it."""
     command = [beside_python("fedward-sim"), "run", str(study), "--sites", str(sites), "--out", str(run)]
     began = time.perf_counter()
-    _done([*command, "--seed", str(_SEED), "--json"])
+    in_a_process([*command, "--seed", str(_SEED), "--json"], _LONGEST_SECONDS)
     return time.perf_counter() - began
-
-
-def _done(command: Sequence[str]) -> str:
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=_LONGEST_SECONDS,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
-        raise DeploymentError(
-            f"{command[1:4]} ended with {done.returncode}: {done.stderr[-500:]}", remedy="see what it says"
-        )
-    return done.stdout
 
 
 def _weights(run: Path) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import DeploymentError
-from simulations.benchmarks.measure import Comparison, Result, Timing, each_round, rounds_timing
+from simulations.benchmarks.measure import Comparison, Result, Timing, each_round, in_a_process, rounds_timing
 from simulations.benchmarks.workload import PATIENTS, benchmark_study, write_sites
 from simulations.engine import SimulationSettings, simulate
 
@@ -37,9 +35,7 @@ def compare_sites(
     results = []
     for count in counts:
         sites = write_sites(work / f"sites-{count}", count, PATIENTS)
-        runs = [
-            _in_a_process(sites, work / f"run-{count}-{i}", rounds, workers, private) for i in range(repeats)
-        ]
+        runs = [_measured(sites, work / f"run-{count}-{i}", rounds, workers, private) for i in range(repeats)]
         more = {
             "ms per site and round": 1000 * statistics.median(t.per_round for t, _ in runs) / count,
             "of the processor": 1000 * statistics.median(m["processor"] for _, m in runs) / count,
@@ -51,25 +47,12 @@ def compare_sites(
     return Comparison("sites-private" if private else "sites", title, tuple(results))
 
 
-def _in_a_process(
+def _measured(
     sites: Path, run: Path, rounds: int, workers: int, private: bool
 ) -> tuple[Timing, dict[str, float]]:
     kind = "private" if private else "public"
     command = [sys.executable, "-m", __name__, str(sites), str(run), str(rounds), str(workers), kind]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=_LONGEST_SECONDS,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
-        raise DeploymentError(
-            f"the benchmark's process ended with {done.returncode}: {done.stderr[-500:]}",
-            remedy="try fewer sites; see that there is memory enough",
-        )
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(in_a_process(command, _LONGEST_SECONDS).splitlines()[-1])
     return Timing(told["total"], told["per_round"], told["rounds"]), told
 
 

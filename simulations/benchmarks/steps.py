@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from client.ahead import Cores, drawn_ahead
@@ -165,7 +166,11 @@ def step_of(work: Work, way: str, cores: int = 1) -> Iterator[Step]:
 
 def _plain(work: Work, invented: Invented) -> Step:
     network = work.network(False)
-    optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
+    return _usual(network, torch.optim.SGD(network.parameters(), lr=LEARNING_RATE), invented)
+
+
+def _usual(network: nn.Module, optimizer: torch.optim.Optimizer, invented: Invented) -> Step:
+    """Forward, backward, step."""
 
     def step() -> None:
         features, labels = invented.batch()
@@ -189,14 +194,7 @@ def _opacus(work: Work, invented: Invented) -> Step:
         max_grad_norm=CLIPPING_NORM,
         expected_batch_size=invented.size,
     )
-
-    def step() -> None:
-        features, labels = invented.batch()
-        optimizer.zero_grad()
-        functional.cross_entropy(module(features), labels).backward()
-        optimizer.step()
-
-    return step
+    return _usual(module, optimizer, invented)
 
 
 def _ghost(work: Work, invented: Invented) -> Step:

@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from common.errors import DeploymentError
-from simulations.benchmarks import profiles, rounds
+from simulations.benchmarks import profiles
 from simulations.benchmarks.federations import FEDERATIONS, Federation, public_size
 from simulations.benchmarks.floors import PRIVATE, PUBLIC, load, run_floor
-from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing
+from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing, in_a_process
 from simulations.benchmarks.rounds import FEDWARD, compare_rounds
 from simulations.cli import app
 
@@ -86,7 +86,7 @@ def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failing_run_is_told() -> None:
     with pytest.raises(DeploymentError, match="ended with 3: wrong"):
-        rounds._done([sys.executable, "-c", "import sys; sys.stderr.write('wrong'); sys.exit(3)"])
+        in_a_process([sys.executable, "-c", "import sys; sys.stderr.write('wrong'); sys.exit(3)"], 60.0)
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
