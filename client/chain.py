@@ -154,24 +154,24 @@ class Chain:
     """A network of which `no_chain` says nothing."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._steps: list[nn.Linear | Activation] = []
+        self.steps: list[nn.Linear | Activation] = []
         form: list[object] = []
         for _, layer in _layers(network):
             if isinstance(layer, nn.Linear):
                 form.append((layer.in_features, layer.out_features, layer.bias is not None))
-                self._steps.append(layer)
+                self.steps.append(layer)
             elif type(layer) in _ACTIVATIONS:
                 form.append(repr(layer))
-                self._steps.append(_ACTIVATIONS[type(layer)](layer))
-        self.layers = [step for step in self._steps if isinstance(step, nn.Linear)]
+                self.steps.append(_ACTIVATIONS[type(layer)](layer))
+        self.layers = [step for step in self.steps if isinstance(step, nn.Linear)]
         self._form = tuple(form)
-        learning = [i for i, s in enumerate(self._steps) if isinstance(s, nn.Linear) and trainable(s)]
+        learning = [i for i, s in enumerate(self.steps) if isinstance(s, nn.Linear) and trainable(s)]
         self._learning = frozenset(learning)
-        self._first = min(learning, default=len(self._steps))  # the backward pass ends there
+        self._first = min(learning, default=len(self.steps))  # the backward pass ends there
 
     def __len__(self) -> int:
         """Linear layers and activations."""
-        return len(self._steps)
+        return len(self.steps)
 
     @property
     def widest(self) -> int:
@@ -206,8 +206,8 @@ class Chain:
             kept.append(_applied(layers, step, kept[-1], after))
         g = output_gradients(objective, kept[-1], labels, weights)
         found: list[Tapped] = []
-        for place in range(len(self._steps) - 1, self._first - 1, -1):
-            step = self._steps[place]
+        for place in range(len(self.steps) - 1, self._first - 1, -1):
+            step = self.steps[place]
             if isinstance(step, Activation):
                 g = step.back(g, kept[place], kept[place + 1])
                 continue
@@ -220,7 +220,7 @@ class Chain:
     def _in_order(self) -> Iterator[tuple[nn.Linear | Activation, bool]]:
         """Each step, and whether it follows a linear layer, whose output nobody needs any more."""
         after = False
-        for step in self._steps:
+        for step in self.steps:
             yield step, after
             after = isinstance(step, nn.Linear)
 
@@ -248,13 +248,13 @@ class Chain:
     def _tried(self, objective: Objective, rows: int, device: torch.device, each_tile: bool) -> bool:
         random = torch.Generator().manual_seed(rows)
         shadow = Chain.__new__(Chain)
-        shadow._first, shadow._steps, shadow.layers = 0, [], []
-        shadow._learning = frozenset(range(len(self._steps)))
-        for step in self._steps:
+        shadow._first, shadow.steps, shadow.layers = 0, [], []
+        shadow._learning = frozenset(range(len(self.steps)))
+        for step in self.steps:
             if isinstance(step, nn.Linear):
                 step = _drawn(step, random, device)
                 shadow.layers.append(step)
-            shadow._steps.append(step)
+            shadow.steps.append(step)
         record = torch.randn(shadow.layers[0].in_features, generator=random).to(device)
         kind = torch.float32 if objective.task == "regression" else torch.int64
 

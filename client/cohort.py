@@ -20,8 +20,9 @@ import torch
 
 from client.settings import SiteFolder
 from client.sources import read_table
+from common.encoding import Encoded, Scaling, encode_coded
 from common.errors import DataError, SiteError
-from common.schema import Coded, Encoded, Scaling, encode_coded, examine, missing_text, normal_text
+from common.schema import Coded, examine, missing_text, normal_text
 from common.study import Study
 from common.table import Positions, Table, Violation, refuse
 
@@ -49,7 +50,7 @@ class Patients:
         labels: int64 [records], index of the class; in regression float32 [records], scaled to [-1, 1].
         offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
         hashes: each patient's keyed hash, by which a withdrawn one is found; None where nobody can be.
-        groups: int64 [records, columns of `evaluation.subgroups`] (common/schema); None without subgroups.
+        groups: int64 [records, columns of `evaluation.subgroups`] (common/encoding); None without subgroups.
     """
 
     features: torch.Tensor

@@ -45,7 +45,7 @@ def policy(
     json: JsonOption = False,
 ) -> None:
     """Show the site's policy, and change what is given. Studies are allowed by `approve`."""
-    from client.policy import load_policy, set_policy
+    from client.policy_file import load_policy, set_policy
     from client.settings import SiteFolder
 
     with speaking(json) as speaker:
@@ -113,8 +113,9 @@ def approve(
     json: JsonOption = False,
 ) -> None:
     """Show what a study will learn, spend and leave, ask, and allow it."""
-    from client.policy import approval_of, load_policy, require_lifetime
-    from client.policy import approve as write_approval
+    from client.policy import approval_of
+    from client.policy_file import approve as write_approval
+    from client.policy_file import load_policy, require_lifetime
     from client.settings import SiteFolder
     from common.privacy.plan import plan_study
     from common.study import load_study
@@ -190,7 +191,7 @@ def revoke(
     json: JsonOption = False,
 ) -> None:
     """Take an approval back, from the next message on. What was spent stays spent."""
-    from client.policy import revoke as remove_approval
+    from client.policy_file import revoke as remove_approval
     from client.settings import SiteFolder
 
     with speaking(json) as speaker:
@@ -273,7 +274,7 @@ def withdrawals(
 def budget(folder: Folder, json: JsonOption = False) -> None:
     """What the cohort and each approved study may spend, and have spent. The vault may be running."""
     from client.account import read_account
-    from client.policy import load_policy
+    from client.policy_file import load_policy
     from client.settings import SiteFolder
 
     with speaking(json) as speaker:
@@ -353,7 +354,7 @@ def certificate(
     """Sign what has left in a session, finished or not, for whoever wants to recompute its cost."""
     from client.account import read_account
     from client.certify import Issuer
-    from client.policy import approved_study
+    from client.policy_file import approved_study
     from client.settings import SiteFolder
     from common.files import write_atomic
     from common.journal import read_journal

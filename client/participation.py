@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from client.account import Committed, read_account
-from client.policy import approved_study
+from client.policy_file import approved_study
 from client.settings import SiteFolder
 from client.withdrawal import list_of
 from common.keys import read_public_key

@@ -34,7 +34,7 @@ LARGEST = 1 << 15  # parameters; beyond, arithmetic and not calls is what a step
 
 def may_join(trainer: Trainer) -> bool:
     """Whether `train_privately` takes it: one record a patient, a small dense network, on the CPU."""
-    engine, patients = trainer._engine, trainer.cohort.train
+    engine, patients = trainer.engine, trainer.cohort.train
     return (
         trainer.plan.private
         and type(engine) is DenseGradients
@@ -53,7 +53,7 @@ def memory(trainer: Trainer, widest: int) -> int:
     patients = trainer.cohort.train
     tiles = 1 + min(len(patients), round(2 * trainer.plan.step.divisor)) // TILE
     width = patients.features[:1].numel()
-    return 4 * tiles * (TILE * (width + widest) + trainer._flat.values.numel())
+    return 4 * tiles * (TILE * (width + widest) + trainer.flat.values.numel())
 
 
 def train_privately(trainings: Sequence[Training]) -> list[Arrays]:
@@ -89,7 +89,7 @@ class _Site:
 
     def __init__(self, training: Training) -> None:
         self._trainer, self._parameters = training.trainer, training.parameters
-        self._plan, self._flat = self._trainer.plan.step, self._trainer._flat
+        self._plan, self._flat = self._trainer.plan.step, self._trainer.flat
         self.steps = self._trainer.plan.steps_per_round
         self._sampling, self._noise = training.streams()
         self._flat.load(self._parameters)
@@ -100,7 +100,7 @@ class _Site:
 
     def draw(self) -> None:
         """The next batch, of those who consent by now."""
-        patients = self._trainer._who_consents(self._trainer.cohort.train)
+        patients = self._trainer.consenting(self._trainer.cohort.train)
         if patients is not self._patients:
             self._patients = patients
             self._features = patients.features.flatten(start_dim=1).numpy()
@@ -129,12 +129,12 @@ class _Stack:
     """
 
     def __init__(self, trainer: Trainer, count: int) -> None:
-        self._engine = cast(DenseGradients, trainer._engine)  # says `may_join`
+        self._engine = cast(DenseGradients, trainer.engine)  # says `may_join`
         self._objective = trainer.study.objective
         self._clipping_norm = (trainer.plan.step.clipping_norm or 0.0) * (1.0 - CLIPPING_MARGIN)
         train = trainer.cohort.train
         self._width, self._labels = train.features[:1].numel(), train.labels.dtype
-        self._size = trainer._flat.values.numel()
+        self._size = trainer.flat.values.numel()
         # Each row begins where a vector does: how weights lie must not tell a tile's place.
         self._values = np.zeros((count, self._size + -self._size % VECTOR), dtype=np.float32)
         self._places = {

@@ -14,10 +14,11 @@ import torch
 from client.certify import Issuer
 from client.cohort import load_records
 from client.device import Computing, resolve
+from client.holdings import Holdings
 from client.ledger import Ledger, check_certificates
-from client.policy import PolicyReader, Signature, signature
+from client.policy_file import PolicyReader, Signature, signature
 from client.settings import SiteFolder
-from client.vault import Holdings, Vault
+from client.vault import Vault
 from client.withdrawal import WithdrawnReader
 from common.errors import SiteError
 from common.files import read_bounded

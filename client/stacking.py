@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +25,10 @@ from client.cohort import Patients
 from client.dpsgd import batch_of
 from client.privately import may_join, memory, train_privately
 from client.taps.losses import output_gradients
-from client.training import Trainer
+from client.tasks import Training, tried
+from client.training import Trainer, plain_batch, shuffled
 from common.messages import Arrays
-from common.privacy.noise import Stream
-from common.privacy.plan import StudyPlan
 from common.study import Objective, Optimizer
-
-if TYPE_CHECKING:
-    from client.tasks import Training
 
 MEMORY = 1 << 28  # bytes that one group's batches of a round, parameters and activations may take
 _ADAM = 0.9, 0.999, 1e-8  # torch's own
@@ -56,14 +51,7 @@ def _stacked_or_alone(trainings: Sequence[Training]) -> Sequence[Arrays | Except
         train = train_privately if trainings[0].trainer.plan.private else train_together
         with suppress(Exception):  # of one of them, perhaps: alone it fails alone
             return train(trainings)
-    return [_alone(training) for training in trainings]
-
-
-def _alone(training: Training) -> Arrays | Exception:
-    try:
-        return training.alone()
-    except Exception as error:
-        return error
+    return [tried(training) for training in trainings]
 
 
 def groups(trainings: Sequence[Training]) -> list[list[int]]:
@@ -80,7 +68,7 @@ def groups(trainings: Sequence[Training]) -> list[list[int]]:
         trainer = training.trainer
         digest, plan = trainer.study.digest, trainer.plan
         if digest not in known:
-            known[digest] = _form(_network_of(trainer))
+            known[digest] = _form(trainer.network)
         fits, widest, size = known[digest]
         key: object = i
         kind: tuple[object, ...]
@@ -93,7 +81,7 @@ def groups(trainings: Sequence[Training]) -> list[list[int]]:
         elif fits and not plan.private:
             patients = _patients_of(trainer)
             rows = patients.labels.shape[0]
-            records = _step_size(patients, plan) * -(-rows // max(1, len(patients)))
+            records = plain_batch(len(patients), plan) * -(-rows // max(1, len(patients)))
             width = patients.features.numel() // max(1, rows)
             taken = 4 * (records * (plan.steps_per_round * width + widest) + 4 * size)
             kind = digest, patients.features.device, records.bit_length()
@@ -113,7 +101,7 @@ def train_together(trainings: Sequence[Training]) -> list[Arrays]:
     order = sorted(range(len(rounds)), key=lambda i: -len(rounds[i].counts))  # who is done first stands last
     trainer = trainings[0].trainer
     device = rounds[0].patients.features.device
-    stack = _Stack(_network_of(trainer), [trainings[i].parameters for i in order], device)
+    stack = _Stack(trainer.network, [trainings[i].parameters for i in order], device)
     batches = _Batches([rounds[i] for i in order], device)
     optimizer = _Update(trainer.study.training.optimizer, stack)
     for features, labels, weights in batches.steps():
@@ -130,13 +118,9 @@ def _form(network: nn.Module) -> tuple[bool, int, int]:
     return True, Chain(network).widest, sum(p.numel() for p in network.parameters())
 
 
-def _network_of(trainer: Trainer) -> nn.Module:
-    return trainer._network
-
-
 def _patients_of(trainer: Trainer) -> Patients:
     """Who trains: everyone but those whose consent is withdrawn by now."""
-    return trainer._who_consents(trainer.cohort.train)
+    return trainer.consenting(trainer.cohort.train)
 
 
 # --- batches
@@ -158,26 +142,11 @@ class _Round:
     weights: npt.NDArray[np.float32]
 
 
-def _step_size(patients: Patients, plan: StudyPlan) -> int:
-    return len(patients) if plan.step.sample_rate == 1 else max(1, round(plan.step.divisor))
-
-
-def chosen_patients(patients: Patients, plan: StudyPlan, sampling: Stream) -> Iterator[npt.NDArray[np.intp]]:
-    """Who takes part in each step of a round without privacy: shuffled patients, over and over."""
-    size, count = _step_size(patients, plan), len(patients)
-    waiting = np.empty(0, dtype=np.intp)
-    for _ in range(plan.steps_per_round):
-        if not waiting.size:
-            waiting = sampling.permutation(count)
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
 def _drawn(training: Training) -> _Round:
     trainer = training.trainer
     patients, plan = _patients_of(trainer), trainer.plan
     sampling, _ = training.streams()
-    steps = chosen_patients(patients, plan, sampling)
+    steps = shuffled(len(patients), plan, sampling)
     if patients.labels.shape[0] == len(patients):  # one record each
         chosen = list(steps)
         counts = [len(each) for each in chosen]
@@ -276,7 +245,7 @@ class _Stack:
         self.values = {name: self._stacked(name).clone() for name in named}
         self.gradients = {n: torch.zeros_like(self.values[n]) for n, p in named.items() if p.requires_grad}
         names = {id(p): name for name, p in named.items()}
-        steps = Chain(network)._steps
+        steps = Chain(network).steps
         self._steps = [s if isinstance(s, Activation) else self._layer(s, names) for s in steps]
         self._first = min(
             i for i, step in enumerate(steps) if isinstance(step, nn.Linear) and trainable(step)

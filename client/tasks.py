@@ -53,6 +53,14 @@ Working = Generator[Task, Arrays, bytes]
 returns the answer."""
 
 
+def tried(task: Task) -> Arrays | Exception:
+    """The task done alone, or what went wrong with it."""
+    try:
+        return task.alone()
+    except Exception as error:
+        return error
+
+
 def finished(working: Working) -> bytes:
     """Bring a request to its end, each task alone; returns its answer."""
     try:

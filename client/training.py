@@ -5,9 +5,10 @@ A trainer stays warm between rounds: tensors, network and plan are made once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from client.ahead import DrawnAhead, drawn_ahead
@@ -17,8 +18,8 @@ from client.dpsgd import Engine, batch_of, draw_batch, engine_of, noised_mean
 from client.flat import FlatParameters, flat_step
 from client.withdrawal import NOBODY, Withdrawn
 from common.errors import Refused
+from common.histograms import histograms
 from common.messages import Arrays
-from common.metrics import histograms
 from common.models import study_model
 from common.objectives import record_losses, scores
 from common.privacy.noise import Stream
@@ -30,6 +31,10 @@ FlatStep = Callable[[torch.Tensor], None]
 
 class Trainer:
     """Trains and evaluates one study's model on one cohort.
+
+    Attributes:
+        network, engine, flat: the model, what differentiates it, and its parameters as one tensor; whoever
+            trains several sites together uses them too.
 
     Args:
         cohort: its tensors, grouped by patient.
@@ -52,63 +57,57 @@ class Trainer:
         place = resolve(computing.device)
         self.study, self.cohort, self.plan = study, cohort.on(place), plan
         self._withdrawn = withdrawn
-        self._consenting: tuple[Patients, Withdrawn, Patients] | None = None
-        self._network = study_model(study).to(place)
-        self._flat = FlatParameters(self._network, place)
+        self._known: tuple[Patients, Withdrawn, Patients] | None = None
+        self.network = study_model(study).to(place)
+        self.flat = FlatParameters(self.network, place)
         expected = plan.step.divisor  # patients; each has a record at least
-        self._engine = engine_of(self._network, study.objective, expected, computing.step_memory)
+        self.engine = engine_of(self.network, study.objective, expected, computing.step_memory)
 
     def train(self, parameters: Arrays, sampling: Stream, noise: Stream) -> dict[str, np.ndarray]:
         """One round from the global parameters; returns local minus global, name → float32 array."""
-        self._flat.load(parameters)
-        step = flat_step(self.study.training.optimizer, self._flat.trainable)
-        self._network.train()
+        self.flat.load(parameters)
+        step = flat_step(self.study.training.optimizer, self.flat.trainable)
+        self.network.train()
         if self.plan.private:
-            self._private_steps(self._engine, step, sampling, noise)
+            self._private_steps(self.engine, step, sampling, noise)
         else:
             self._plain_steps(step, sampling)
-        return self._flat.since(parameters)
+        return self.flat.since(parameters)
 
     def _private_steps(self, engine: Engine, step: FlatStep, sampling: Stream, noise: Stream) -> None:
         plan = self.plan.step
         deviation = plan.noise_multiplier * (plan.clipping_norm or 0.0)
         with drawn_ahead(noise, engine.size, scale=deviation) as normals:
             for _ in range(self.plan.steps_per_round):
-                private_step(engine, self._who_consents(self.cohort.train), plan, step, sampling, normals)
+                private_step(engine, self.consenting(self.cohort.train), plan, step, sampling, normals)
 
     def _plain_steps(self, step: FlatStep, sampling: Stream) -> None:
         """Ordinary mini-batches of shuffled patients, over and over; for cohorts that are public."""
-        patients, plan = self._who_consents(self.cohort.train), self.plan.step
-        parameters = self._engine.parameters
-        size = max(1, round(plan.divisor))
-        if plan.sample_rate == 1:
-            size = len(patients)
-        waiting = np.empty(0, dtype=np.intp)
-        for _ in range(self.plan.steps_per_round):
-            if not len(waiting):
-                waiting = sampling.permutation(len(patients))
-            batch = batch_of(patients, waiting[:size], plan, sampling).on(patients.features.device)
-            waiting = waiting[size:]
-            outputs = self._network(patients.features[batch.records])
+        patients, plan = self.consenting(self.cohort.train), self.plan.step
+        parameters = self.engine.parameters
+        for chosen in shuffled(len(patients), self.plan, sampling):
+            batch = batch_of(patients, chosen, plan, sampling).on(patients.features.device)
+            outputs = self.network(patients.features[batch.records])
             losses = record_losses(self.study.objective, outputs, patients.labels[batch.records])
             loss = (losses * batch.weights).sum() / batch.patients
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             step(torch.cat([each.flatten() for each in found]))
 
     def evaluate(self, parameters: Arrays, bins: int) -> dict[str, np.ndarray]:
-        """Exact histograms of the test patients' scores (common/metrics); noise is the caller's."""
-        self._flat.load(parameters)
-        patients = self._who_consents(self.cohort.test)
-        self._network.eval()
-        found = scores(self.study.objective, self._engine.outputs(patients.features)).cpu()
+        """Exact histograms of the test patients' scores (common/histograms); noise is the caller's."""
+        self.flat.load(parameters)
+        patients = self.consenting(self.cohort.test)
+        self.network.eval()
+        found = scores(self.study.objective, self.engine.outputs(patients.features)).cpu()
         groups = None if patients.groups is None else patients.groups.cpu()
         return histograms(self.study, found, patients.labels.cpu(), shares(patients), bins, groups)
 
-    def _who_consents(self, patients: Patients) -> Patients:
+    def consenting(self, patients: Patients) -> Patients:
+        """Those of the cohort's `train` or `test` whose consent stands by now."""
         listed = self._withdrawn()
-        known = self._consenting
+        known = self._known
         if known is None or known[0] is not patients or known[1] is not listed:
-            known = self._consenting = patients, listed, patients.without(listed.patients)
+            known = self._known = patients, listed, patients.without(listed.patients)
         return known[2]
 
 
@@ -125,6 +124,22 @@ def private_step(
     normals.begin()
     total = engine.sum(patients, batch, plan.clipping_norm or 0.0)
     step(noised_mean(total, plan, normals))
+
+
+def plain_batch(patients: int, plan: StudyPlan) -> int:
+    """How many take part in a step without privacy."""
+    return patients if plan.step.sample_rate == 1 else max(1, round(plan.step.divisor))
+
+
+def shuffled(patients: int, plan: StudyPlan, sampling: Stream) -> Iterator[npt.NDArray[np.intp]]:
+    """Who takes part in each step of a round without privacy: shuffled patients, over and over."""
+    size = plain_batch(patients, plan)
+    waiting = np.empty(0, dtype=np.intp)
+    for _ in range(plan.steps_per_round):
+        if not waiting.size:
+            waiting = sampling.permutation(patients)
+        yield waiting[:size]
+        waiting = waiting[size:]
 
 
 def refuse_other_parameters(parameters: Arrays, model: Mapping[str, tuple[int, ...]]) -> None:

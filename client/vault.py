@@ -15,23 +15,23 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from client.account import Committed, Head
 from client.certify import Issuer
-from client.cohort import Records, cohort_of
 from client.device import DEFAULT, Computing
+from client.holdings import Holdings, Warm
 from client.ledger import Ledger
 from client.policy import Approval, Policy
 from client.release import finite, noised_histograms, refusal
 from client.reservation import Reservation
 from client.statistics import patient_sums
-from client.tasks import Evaluation, Task, Working, finished
-from client.tasks import Training as Training
+from client.tasks import Evaluation, Task, Training, Working, finished
 from client.training import Trainer, refuse_other_parameters
-from client.withdrawal import NOBODY, Withdrawn
-from common.errors import FedwardError, MessageError, PolicyForbids, Refused, RolledBack, SiteError
+from common.encoding import Scaling, refuse_other_scaling
+from common.errors import FedwardError, MessageError, PolicyForbids, Refused, RolledBack
+from common.histograms import EXACT_BINS, Packed
 from common.messages import (
     STATISTICS_ROUND,
     Arrays,
@@ -45,39 +45,13 @@ from common.messages import (
     released,
     sealed,
 )
-from common.metrics import EXACT_BINS, Packed
-from common.models import study_model
 from common.privacy.certificate import LedgerClaims
 from common.privacy.noise import Randomness, Stream
 from common.privacy.plan import StudyPlan, plan_study
-from common.schema import Scaling, refuse_other_scaling
 from common.statistics import describe
 from common.study import Study
 
 log = logging.getLogger("fedward.vault")
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """What a vault stands on, each given as a function so that nothing is read before it may be.
-
-    Attributes:
-        policy: the policy as it stands on disk now.
-        study: digest → the approved study.
-        records: study → its records, checked.
-        version: changes when the data behind `records` change.
-        split: study → what decides who trains and who tests; it must not change within a session.
-        withdrawn: whose consent is withdrawn by now.
-    """
-
-    site: str
-    public_size: int
-    policy: Callable[[], Policy]
-    study: Callable[[str], Study]
-    records: Callable[[Study], Records]
-    version: Callable[[], object] = lambda: None
-    split: Callable[[Study], str] = lambda study: ""
-    withdrawn: Callable[[], Withdrawn] = lambda: NOBODY
 
 
 @dataclass(frozen=True)
@@ -117,20 +91,16 @@ class Vault:
         padded: bool = True,
         computing: Computing = DEFAULT,
     ) -> None:
-        self._computing = computing
-        self._holdings, self._ledger, self.randomness = holdings, ledger, randomness
+        self._warm = Warm(holdings, computing)
+        self._ledger, self.randomness = ledger, randomness
         self._issuer, self._padded = issuer, padded
-        self._records: dict[tuple[str, object], Records] = {}
-        self._trainers: dict[tuple[str, object, bytes], Trainer] = {}
-        self._models: dict[str, dict[str, tuple[int, ...]]] = {}
         self._policy: tuple[Policy, str] | None = None
-        self._touched = False  # whether this request's work came near a row
         self._now = 0.0  # the latest time that was seen
         self._lock = threading.Lock()
 
     @property
     def site(self) -> str:
-        return self._holdings.site
+        return self._warm.holdings.site
 
     def answer(self, request: bytes) -> bytes:
         """Answer one request; never raises. Takes a multiple of the study's `reply_seconds`."""
@@ -158,12 +128,12 @@ class Vault:
             if not isinstance(job, Job):
                 raise MessageError("a vault takes jobs only", remedy="the coordinator must send a job")
             self._refuse_rolled_back(job.header)
-            policy = self._holdings.policy()
+            policy = self._warm.holdings.policy()
             self._ledger.note(policy)
             now = time.time()  # a clock that is put back revives nothing
             self._now = max(self._now, now, self._ledger.account.last_time)
             approval = policy.approval(job.header.study, now, self._now)
-            study = self._holdings.study(job.header.study)
+            study = self._warm.holdings.study(job.header.study)
             step = study.privacy.reply_seconds
             return step, (yield from self._answer(job, study, policy, approval))
         except Refused as error:
@@ -177,7 +147,7 @@ class Vault:
             return step, sealed(refusal(self.site, error))
 
     def _answer(self, job: Job, study: Study, policy: Policy, approval: Approval) -> Working:
-        header, size = job.header, self._holdings.public_size
+        header, size = job.header, self._warm.holdings.public_size
         self._check(header, study, approval)
         self._check_arrays(job, study)
         plan = plan_study(study, size, policy.limits(approval))
@@ -188,7 +158,7 @@ class Vault:
             return stored
         work = self._reserved(job, study, plan, policy, approval, request)
         reply, numbers, certificate = yield from self._outcome(work)
-        self._ledger.commit(work.reservation, reply, numbers, self._holdings.withdrawn().digest)
+        self._ledger.commit(work.reservation, reply, numbers, self._warm.holdings.withdrawn().digest)
         if certificate is not None:
             self._issuer.keep(header.session, certificate)
         return reply
@@ -219,7 +189,7 @@ class Vault:
         if study.digest in job.fitting:
             return
         statistics = job.header.round == STATISTICS_ROUND
-        refuse_other_parameters(job.parameters, {} if statistics else self._shapes(study))
+        refuse_other_parameters(job.parameters, {} if statistics else self._warm.shapes(study))
         _scaling(job, study)
         job.fitting.add(study.digest)
 
@@ -243,9 +213,9 @@ class Vault:
             round=header.round,
             study=study.digest,
             request=request,
-            public_size=self._holdings.public_size,
+            public_size=self._warm.holdings.public_size,
             plan=plan,
-            split=self._holdings.split(study),
+            split=self._warm.holdings.split(study),
             training=plan.training_event() if plan.private and trains else None,
             evaluation=plan.evaluation_event(header.round) if evaluates and not exact else None,
             statistics=plan.statistics_event() if statistics else None,
@@ -254,7 +224,7 @@ class Vault:
             exact=exact and evaluates,
             protective=self.randomness.protective,
             policy=self._digest_of(policy),
-            withdrawn=self._holdings.withdrawn().digest,
+            withdrawn=self._warm.holdings.withdrawn().digest,
         )
         resumed = self._ledger.has_reserved(reservation)
         head = self._ledger.reserve(reservation, approval, policy)
@@ -267,17 +237,17 @@ class Vault:
         second release. A refusal that came of noised numbers tells something of them, and counts as
         released. What failed before any row was read is given back.
         """
-        self._touched = work.resumed
+        self._warm.touched = work.resumed
         try:
             reply = yield from self._work(work)
             return sealed(reply), reply.released, reply.header.certificate
         except Refused as error:
             log.info("refused: %s", error.message)
             answer = sealed(refusal(self.site, error))
-            return answer, hashlib.sha256(answer).hexdigest() if self._touched else "", None
+            return answer, hashlib.sha256(answer).hexdigest() if self._warm.touched else "", None
         except BaseException:
-            self._trainers.clear()  # it may hold gradients of the patients it was at
-            if not self._touched:
+            self._warm.forget()
+            if not self._warm.touched:
                 self._ledger.abandon(work.reservation)
             raise
 
@@ -288,7 +258,7 @@ class Vault:
         if told.round == STATISTICS_ROUND:
             metrics = self._statistics(work)
         else:
-            trainer = self._trainer(work)
+            trainer = self._warm.trainer(work.study, work.plan, _scaling(work.job, work.study))
             if work.tells_metrics:
                 metrics = yield from self._metrics(work, trainer)
             if told.round <= work.plan.rounds:
@@ -337,10 +307,10 @@ class Vault:
         """
         if work.plan.statistics is None:
             raise Refused("statistics that the study doesn't ask for", remedy="add [statistics] to the study")
-        records = self._read(work.study).without(self._holdings.withdrawn().patients)
+        records = self._warm.records(work.study).without(self._warm.holdings.withdrawn().patients)
         sums = patient_sums(work.study, records.coded, records.patients)
         noised = noised_histograms(sums, work.plan.statistics, self._stream("statistics", work.reservation))
-        least = self._holdings.policy().floors.minimum_patients
+        least = self._warm.holdings.policy().floors.minimum_patients
         deviation = work.plan.statistics.noise_multiplier * work.plan.statistics.sensitivity
         if describe(work.study, noised, [deviation], least).patients is None:
             raise PolicyForbids(
@@ -356,7 +326,7 @@ class Vault:
             return None
         before = [c for c in self._ledger.account.answered(told.session) if c.reservation.key != told.key]
         numbers = released(update, metrics)
-        now = Committed(told, "", numbers, self._holdings.withdrawn().digest, work.head.hash)
+        now = Committed(told, "", numbers, self._warm.holdings.withdrawn().digest, work.head.hash)
         ledger = LedgerClaims(sequence=self._ledger.sequence, head=self._ledger.head)
         return self._issuer.issue(work.study, [*before, now], ledger)
 
@@ -365,46 +335,8 @@ class Vault:
             self._policy = policy, policy.digest
         return self._policy[1]
 
-    def _shapes(self, study: Study) -> dict[str, tuple[int, ...]]:
-        if study.digest not in self._models:
-            network = study_model(study)
-            self._models = {study.digest: {n: tuple(p.shape) for n, p in network.named_parameters()}}
-        return self._models[study.digest]
-
     def _stream(self, purpose: str, told: Reservation) -> Stream:
         return self.randomness.stream(purpose, self.site, told.study, told.round)
-
-    def _read(self, study: Study) -> Records:
-        key = study.digest, self._holdings.version()
-        records = self._records.get(key)
-        if records is None:
-            self._records.clear()  # one study at a time bounds memory
-            try:
-                records = self._records[key] = self._holdings.records(study)
-            except SiteError:  # the site's files are wrong, which shows before any row is read
-                raise
-            except BaseException:
-                self._touched = True
-                raise
-        self._touched = True
-        return records
-
-    def _trainer(self, work: _Work) -> Trainer:
-        study = work.study
-        scaling = _scaling(work.job, study)
-        scaled = scaling.mean.tobytes() + scaling.deviation.tobytes() if scaling else b""
-        key = study.digest, self._holdings.version(), scaled
-        trainer = self._trainers.get(key)
-        self._touched |= trainer is not None
-        if trainer is None or trainer.plan != work.plan:
-            self._trainers.clear()  # one warm study at a time bounds memory
-            cohort = cohort_of(self._read(study), study, scaling)
-            if study.statistics is None:
-                self._records.clear()  # the tensors suffice from here on
-            trainer = self._trainers[key] = Trainer(
-                study, cohort, work.plan, self._holdings.withdrawn, self._computing
-            )
-        return trainer
 
     def close(self) -> None:
         """Let the ledger go."""

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.policy import Signature, signature
+from client.policy_file import Signature, signature
 from client.settings import SiteFolder
 from common.errors import SiteError
+from common.features import normal_code
 from common.files import read_bounded, write_atomic
-from common.schema import normal_code
 
 MAX_LIST_BYTES = 1 << 30
 _HEADING = (

@@ -1,6 +1,6 @@
 """The data dictionary of a study: columns, label and split, as its file says them.
 
-What they mean for a site's text is common/schema's.
+What they mean for a site's text is common/schema's, for a model common/encoding's.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""The data dictionary at work: text in, checked and encoded features out.
+"""The data dictionary at work: text in, checked columns out.
 
 A study's dictionary compiles to pandera schemas over *coded* columns (numbers as they are, categories
 and labels as the index of their code, NaN = missing). Every violation is collected before anything is
-raised. What the features are called, and how many there are, depends on the study alone.
+raised. What becomes of sound columns is common/encoding's.
 """
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,38 +19,19 @@ import pandera.pandas as pandera
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.dictionary import CategoricalColumn, NumericColumn
-from common.errors import DataError, Refused, StudyError
+from common.dictionary import NumericColumn
+from common.errors import DataError, StudyError
+from common.features import WHOLE, missing_rule, normal_code, ordered_codes
 from common.study import Study
-from common.table import Positions, Table, Violation, refuse
+from common.table import Table, Violation
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-_WHOLE = r"^([+-]?[0-9]+)\.0$"  # RE2 and `re` read it alike
 FINITE_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NUMBER = FINITE_NUMBER + r"|^[+-]?(?i:inf|infinity)$"
 _MISSING = "missing though the study refuses missing values"
 _SCHEMAS_KEPT = 32
-LARGEST_SCALED = 5.0  # deviations
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Records as a model takes them.
-
-    Attributes:
-        features: float32 [records, width], width = len(feature_names(study)).
-        labels: int64 [records], index of the label's class; of a number float32 [records], its range
-            scaled to [-1, 1].
-        kept: int64 [records], positions in the table; those with an `exclude`d missing value are absent.
-        groups: int64 [records, columns of `evaluation.subgroups`], see `subgroup_indices`.
-    """
-
-    features: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
-    kept: Positions
-    groups: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -61,18 +41,6 @@ class Coded:
 
     columns: Mapping[str, Floats]
     labels: Floats
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What numeric features are scaled by, instead of the dictionary's intervals.
-
-    Attributes:
-        mean, deviation: float64 [numeric sources in the dictionary's order], in the dictionary's units.
-    """
-
-    mean: Floats
-    deviation: Floats
 
 
 @dataclass(frozen=True)
@@ -103,36 +71,6 @@ def compile_schema(study: Study) -> pandera.DataFrameSchema:
     return schema
 
 
-def feature_names(study: Study) -> tuple[str, ...]:
-    """Names of the encoded features in their order, from the study alone.
-
-    `age` is a number scaled to [-1, 1] over the dictionary's interval; `cp=4` is one code of a category;
-    `age:missing` is 1 where the value is missing (rule `indicator`).
-    """
-    names: list[str] = []
-    for column in study.data.columns:
-        if isinstance(column, CategoricalColumn):
-            names += [f"{column.name}={code}" for code in ordered_codes(column) if code != column.baseline]
-        else:
-            names += column.sources
-        if _rule(column, study) == "indicator":
-            names += [f"{source}:missing" for source in column.sources]
-    return tuple(names)
-
-
-def ordered_codes(column: CategoricalColumn) -> tuple[str, ...]:
-    """A column's codes as they are one-hot encoded: whole numbers rising, then text.
-
-    The order in the study's file must not count: its canonical form, which names it, forgets that order.
-    """
-
-    def key(code: str) -> tuple[int, int, str]:
-        number = re.fullmatch(r"[+-]?[0-9]+", normal_code(code))
-        return (0, int(number.group()), code) if number else (1, 0, code)
-
-    return tuple(sorted(column.codes, key=key))
-
-
 def missing_text(text: Any, codes: Sequence[str] = ()) -> Any:
     """Where trimmed text (pyarrow) is missing: null, empty, NaN, or one of the column's missing codes."""
     absent = pc.is_in(pc.utf8_lower(text), value_set=pa.array(["", "nan"]))
@@ -142,14 +80,9 @@ def missing_text(text: Any, codes: Sequence[str] = ()) -> Any:
     return pc.or_(pc.is_null(text), absent)
 
 
-def normal_code(code: str) -> str:
-    """A code's normal form: `1.0` reads as `1`; `01` stays."""
-    return re.sub(_WHOLE, r"\1", code.strip())
-
-
 def normal_text(text: Any) -> Any:
     """`normal_code` of a whole pyarrow column."""
-    return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), _WHOLE, r"\1")
+    return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), WHOLE, r"\1")
 
 
 def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
@@ -191,111 +124,6 @@ def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
     return Coded(coded, labels), violations
 
 
-def encode(table: Table, study: Study) -> Encoded:
-    """Check a table against the dictionary and encode it.
-
-    Raises:
-        DataError: naming every violation's column, count and first lines.
-    """
-    coded, violations = examine(table, study)
-    refuse(table.origin, violations)
-    return encode_coded(coded, study)
-
-
-def encode_coded(coded: Coded, study: Study, scaling: Scaling | None = None) -> Encoded:
-    """Features and labels of columns that have no violation.
-
-    Args:
-        scaling: a number becomes (value - mean) / deviation, kept within ±5, and a missing one 0, the mean.
-            The limit is public: a deviation may be far smaller than the dictionary's range, and one
-            patient's rare value must not dwarf all other features. None: by the dictionary's intervals.
-
-    Raises:
-        Refused: if the scaling doesn't fit the study's columns, or holds anything but finite means and
-            positive deviations.
-    """
-    if scaling is not None:
-        refuse_other_scaling(scaling, study)
-    scaled_before = 0
-    records = len(coded.labels)
-    kept = np.ones(records, dtype=np.bool_)
-    parts: list[npt.NDArray[np.float32]] = []
-    dictionary = _dictionary(study)
-    for column in study.data.columns:
-        values = coded.columns[column.name]
-        missing = np.isnan(values)
-        rule = _rule(column, study)
-        if rule == "exclude":
-            kept &= ~missing.reshape(records, len(column.sources)).any(axis=1)
-        if isinstance(column, NumericColumn):
-            if scaling is None:
-                low, high = column.interval
-                default = (low + high) / 2 if column.default is None else column.default
-                scaled = (np.where(missing, default, values) - low) * (2.0 / (high - low)) - 1.0
-            else:
-                own = slice(scaled_before, scaled_before + column.repeat)
-                scaled_before += column.repeat
-                scaled = _standardised(values, scaling.mean[own], scaling.deviation[own])
-            parts.append(scaled.astype(np.float32).reshape(records, column.repeat))
-        else:
-            codes = dictionary.codes[column.name]
-            default = -1 if column.default is None else codes[normal_code(column.default)]
-            index = np.where(missing, default, values).astype(np.int64)
-            seen = [i for i, code in enumerate(ordered_codes(column)) if code != column.baseline]
-            parts.append((index[:, None] == np.array(seen)).astype(np.float32))
-        if rule == "indicator":
-            parts.append(missing.reshape(records, len(column.sources)).astype(np.float32))
-    positions = np.flatnonzero(kept).astype(np.int64)
-    features = np.concatenate(parts, axis=1)
-    if len(positions) < records:
-        features = features[positions]
-    labels = _encoded_labels(coded.labels[positions], study)
-    return Encoded(features, labels, positions, subgroup_indices(coded, study)[positions])
-
-
-def _encoded_labels(labels: Floats, study: Study) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-    number = study.data.label.number
-    if number is None:
-        return labels.astype(np.int64)
-    low, high = number.range
-    scaled = (labels - low) * (2.0 / (high - low)) - 1.0
-    return scaled.clip(-1.0, 1.0).astype(np.float32)  # rounding only: a value outside is a violation
-
-
-def subgroup_indices(coded: Coded, study: Study) -> npt.NDArray[np.int64]:
-    """Each record's group in each column of `evaluation.subgroups`, int64 [records, columns].
-
-    A code's group is its index among `ordered_codes`; a missing value, whatever stands in for it among the
-    features, is a group of its own, the last one.
-    """
-    groups = [
-        np.where(np.isnan(coded.columns[c.name]), len(c.codes), coded.columns[c.name])
-        for c in study.subgroup_columns
-    ]
-    return np.array(groups, dtype=np.int64).reshape(len(groups), len(coded.labels)).T
-
-
-def _standardised(values: Floats, mean: Floats, deviation: Floats) -> Floats:
-    with np.errstate(over="ignore"):  # beyond the limit either way
-        scaled = np.clip((values - mean) / deviation, -LARGEST_SCALED, LARGEST_SCALED)
-    return np.where(np.isnan(values), 0.0, scaled)
-
-
-def refuse_other_scaling(scaling: Scaling, study: Study) -> None:
-    numbers = sum(len(c.sources) for c in study.data.columns if isinstance(c, NumericColumn))
-    for name, values in (("mean", scaling.mean), ("deviation", scaling.deviation)):
-        if values.shape != (numbers,) or values.dtype != np.float64:
-            raise Refused(
-                f"the scaling's {name} is {values.dtype} {list(values.shape)}; "
-                f"study {study.name} has {numbers} numeric columns (float64)",
-                remedy="both sides must run the same version of fedward",
-            )
-    if not (np.isfinite(scaling.mean).all() and np.isfinite(scaling.deviation).all()):
-        raise Refused("the scaling holds NaN or infinity", remedy="describe the cohort again")
-    if not (scaling.deviation > 0).all():
-        raise Refused("the scaling holds a deviation that isn't positive", remedy="describe the cohort again")
-
-
 def needed_columns(study: Study) -> tuple[str, ...]:
     """Every name that a table must offer: patient key, label, split column and the dictionary's sources."""
     data = study.data
@@ -314,10 +142,6 @@ def require_columns(table: Table, study: Study) -> None:
             f"{table.origin}: the table lacks column {', '.join(lacking[:10])}{more}",
             remedy="export the columns, or say in site.toml [data.columns.NAME] what they are called there",
         )
-
-
-def _rule(column: NumericColumn | CategoricalColumn, study: Study) -> str:
-    return column.missing or study.data.missing
 
 
 def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violation]) -> Floats:
@@ -394,7 +218,7 @@ def _compile(study: Study) -> _Dictionary:
     alone: dict[str, Any] = {}
     repeated: dict[str, Any] = {}
     for column in study.data.columns:
-        nullable = _rule(column, study) != "refuse"
+        nullable = missing_rule(column, study) != "refuse"
         if isinstance(column, NumericColumn):
             schema = pandera.Column(float, _numeric_checks(column), nullable=nullable)
             if column.repeat > 1:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from common.dictionary import CategoricalColumn, Column, NumericColumn
+from common.encoding import Scaling
 from common.errors import StudyError
 from common.estimates import Counts, Figure, Spread, consistent, quantiles, spread
+from common.features import ordered_codes
 from common.messages import Arrays
-from common.schema import Floats, Scaling, ordered_codes
+from common.schema import Floats
 from common.study import Statistics, Study
 
 QUANTILES = (5, 25, 50, 75, 95)  # per cent

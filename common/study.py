@@ -144,7 +144,7 @@ class Algorithm(Strict):
 
 
 class Evaluation(Strict):
-    """What a site tells about the test patients, as noised histograms (common/metrics).
+    """What a site tells about the test patients, as noised histograms (common/histograms).
 
     The test patients are disjoint from the training patients, so the privacy target holds for each
     group on its own (parallel composition).

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.histograms import subgroup_sums
 from common.messages import Array, Arrays
-from common.metrics import Measured, measure, subgroup_sums
+from common.metrics import Measured, measure
 from common.study import Study
 from common.uncertainty import CALIBRATION, SEED, TAIL, Intervals, Run, estimate, simulated
 

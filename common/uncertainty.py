@@ -27,8 +27,9 @@ import numpy as np
 
 from common import curves
 from common.curves import Grid
+from common.histograms import overall
 from common.messages import Array, Arrays
-from common.metrics import LINE, Measured, measure, overall, value_ranges, values, within
+from common.metrics import LINE, Measured, measure, value_ranges, values, within
 from common.study import Study
 
 Interval = tuple[float, float]

@@ -17,8 +17,8 @@ import numpy as np
 
 from common.cells import dense
 from common.errors import MessageError, StudyFailed
+from common.histograms import merged
 from common.messages import STATISTICS_ROUND, Arrays, Job, JobHeader, Refusal, Reply, sealed
-from common.metrics import merged
 from common.privacy.mechanism import EVENT
 from common.statistics import moments, sensitivity
 from common.study import Study

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from common.histograms import merged
 from common.messages import Arrays
 from common.metrics import (
     CalibrationGroup,
@@ -13,7 +14,6 @@ from common.metrics import (
     OperatingPoint,
     calibration_curve,
     edges,
-    merged,
     operating_point,
 )
 from common.privacy.accounting import epsilon

@@ -8,8 +8,8 @@ import numpy as np
 
 from common.cells import sound
 from common.errors import MessageError
+from common.histograms import EXACT_BINS, histogram_shapes
 from common.messages import STATISTICS_ROUND, Arrays, Job, Refusal, Reply, all_finite, decode
-from common.metrics import EXACT_BINS, histogram_shapes
 from common.statistics import layout
 from common.study import Study
 

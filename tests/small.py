@@ -15,7 +15,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from client.cohort import Patients
-from client.policy import Approval, Policy, approval_of, approve, load_policy, set_policy
+from client.policy import Approval, Policy, approval_of
+from client.policy_file import approve, load_policy, set_policy
 from client.reservation import Reservation
 from client.settings import SiteFolder
 from client.site import make_site_keys
@@ -30,6 +31,17 @@ from common.study import Study
 WIDTH = 4
 # Planted in the data: none of these may ever be seen outside of the site.
 SECRETS = ("secretcolumn", "PATIENT-ZEBRA", "123.4567", "sekretcode")
+
+
+# Every task and loss, and how many classes its label has (0: it is a number).
+OBJECTIVES: list[tuple[dict[str, Any], int]] = [
+    ({"task": "binary"}, 2),
+    ({"task": "binary", "loss": "hinge"}, 2),
+    ({"task": "multi-class"}, 3),
+    ({"task": "multi-class", "loss": "hinge"}, 3),
+    ({"task": "regression"}, 0),
+    ({"task": "regression", "loss": "absolute"}, 0),
+]
 
 
 def study(**changes: Any) -> Study:

@@ -18,7 +18,7 @@ from small import allow, make_site, study, toml
 from typer.testing import CliRunner
 
 from client.account import read_account
-from client.policy import load_policy, set_policy
+from client.policy_file import load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from common.messages import Job, JobHeader, encode

@@ -17,7 +17,8 @@ from client.sources.columnar import read_parquet
 from client.sources.delimited import read_csv
 from common.dictionary import CategoricalColumn, NumericColumn
 from common.errors import DataError, SiteError
-from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_code, normal_text
+from common.features import normal_code
+from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_text
 from common.study import Study
 from common.table import Table
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from common.errors import StudyError
+from common.features import feature_names
 from common.messages import Array
-from common.schema import feature_names
 from common.study import Model, Study
 
 

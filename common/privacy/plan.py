@@ -163,7 +163,7 @@ class StudyPlan:
 
 
 def histogram_sensitivity(study: Study) -> float:
-    """The largest L2 norm of what one patient adds to the released histograms (common/metrics).
+    """The largest L2 norm of what one patient adds to the released histograms (common/histograms).
 
     A patient adds the weighted mean, with weights that sum to 1, of what its records would add alone; no
     mean is longer than the longest of its parts, so one record is the worst case.

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import tomli_w
 
-from client.policy import approval_of, approve, load_policy, set_policy
+from client.policy import approval_of
+from client.policy_file import approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys
 from common.errors import StudyError

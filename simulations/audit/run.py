@@ -20,10 +20,10 @@ from client.door import Answer, ask
 from client.settings import SiteFolder
 from client.site import open_vault
 from common.errors import DeploymentError, StudyError
+from common.features import feature_names
 from common.privacy.noise import OperatingSystem, Randomness
 from common.privacy.plan import StudyPlan, plan_study
 from common.processes import beside_python
-from common.schema import feature_names
 from common.study import Study
 from simulations.audit.attacks import Attacks, attack
 from simulations.audit.attempts import Case, Target

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from client.door import Answer
-from client.policy import approval_of, approve, load_policy, set_policy
+from client.policy import approval_of
+from client.policy_file import approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault
 from client.tasks import Working

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from client.cohort import Patients
-from client.tasks import Evaluation, Task, Training, Working
+from client.tasks import Evaluation, Task, Training, Working, tried
 from client.training import shares
+from common.histograms import histograms, histograms_apart
 from common.messages import Array, Arrays
-from common.metrics import histograms, histograms_apart
 from common.objectives import scores
 
 Outcome = bytes | BaseException
@@ -26,14 +26,7 @@ Train = Callable[[Sequence[Training]], Found]
 
 def one_by_one(tasks: Sequence[Task]) -> Found:
     """A `Do`: each task by itself."""
-    return [_alone(each) for each in tasks]
-
-
-def _alone(task: Task) -> Arrays | Exception:
-    try:
-        return task.alone()
-    except Exception as error:
-        return error
+    return [tried(each) for each in tasks]
 
 
 def evaluated(tasks: Sequence[Evaluation]) -> Found:
@@ -60,10 +53,10 @@ def evaluated(tasks: Sequence[Evaluation]) -> Found:
 
 def _in_one_pass(tasks: Sequence[Evaluation]) -> list[Arrays]:
     first = tasks[0].trainer
-    patients = [task.trainer._who_consents(task.trainer.cohort.test) for task in tasks]
-    first._flat.load(tasks[0].parameters)
-    first._network.eval()
-    outputs = first._engine.outputs(torch.cat([each.features for each in patients]))
+    patients = [task.trainer.consenting(task.trainer.cohort.test) for task in tasks]
+    first.flat.load(tasks[0].parameters)
+    first.network.eval()
+    outputs = first.engine.outputs(torch.cat([each.features for each in patients]))
     found = scores(first.study.objective, outputs).cpu()
     counts = [len(each.labels) for each in patients]
     study, bins = first.study, tasks[0].bins

@@ -82,14 +82,14 @@ def watch(fatal: int, kind: str, root: Path) -> dict[str, Any]:
 
 def child(root: Path, request: bytes, fatal: int, kind: str) -> None:
     vault = open_vault(SiteFolder(root))
-    real = vault._holdings.records
+    real = vault._warm.holdings.records
 
     def records(wanted: Study) -> Any:
         with (root / "trail").open("a") as file:
             file.write("records\n")
         return real(wanted)
 
-    vault._holdings = type(vault._holdings)(**{**vars(vault._holdings), "records": records})
+    vault._warm.holdings = type(vault._warm.holdings)(**{**vars(vault._warm.holdings), "records": records})
     before = watch(fatal, kind, root)
     reply = vault.answer(request)
     for name, call in before.items():

@@ -21,7 +21,7 @@ from malformed import HEADER, SITE, STUDY, csv_text
 from client.cohort import Cohort, Patients, load_cohort
 from client.settings import SiteFolder
 from common.errors import DataError, SiteError
-from common.schema import feature_names
+from common.features import feature_names
 from common.study import parse_study
 
 KEY = b"a key of thirty-two random bytes"

@@ -85,7 +85,7 @@ def changes_of_histograms() -> list[float]:
         told = []
         for patients in (more, fewer):
             trainer = Trainer(wanted, Cohort(patients, patients), plan_study(wanted, 50))
-            names = parameter_arrays(trainer._network)
+            names = parameter_arrays(trainer.network)
             values = zip(names, (layer.weight, layer.bias), strict=True)
             told.append(trainer.evaluate({n: v.detach().numpy() for n, v in values}, 10)["scores"])
         found.append(float(np.linalg.norm(told[0] - told[1])))

@@ -23,7 +23,8 @@ from small import allow, grant, make_site, policy_of, reservation, session_plan,
 
 from client.account import read_account
 from client.ledger import Ledger, check_head, read_head
-from client.policy import approval_of, approve, set_policy
+from client.policy import approval_of
+from client.policy_file import approve, set_policy
 from client.reservation import STATISTICS, Reservation
 from client.site import open_vault
 from common.errors import BudgetExhausted, Refused

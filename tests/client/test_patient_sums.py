@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from client.statistics import patient_sums
 from common.dictionary import NumericColumn
 from common.errors import StudyError
-from common.metrics import merged
+from common.histograms import merged
 from common.schema import Coded
 from common.statistics import (
     QUANTILES,

@@ -20,12 +20,9 @@ from hypothesis import strategies as st
 from small import allow, answered, epsilon_of_gaussians, grant, job, make_site, policy_of, refused, study
 
 from client.account import read_account, spending
-from client.policy import (
-    EVERY_RELEASE,
-    Approval,
-    Policy,
+from client.policy import EVERY_RELEASE, Approval, Policy, approval_of
+from client.policy_file import (
     PolicyReader,
-    approval_of,
     approve,
     approved_study,
     load_policy,

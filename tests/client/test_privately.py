@@ -89,14 +89,7 @@ def test_every_optimiser(optimizer: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("objective", "label"),
-    [
-        ({"task": "binary"}, 2),
-        ({"task": "binary", "loss": "hinge"}, 2),
-        ({"task": "multi-class"}, 3),
-        ({"task": "multi-class", "loss": "hinge"}, 3),
-        ({"task": "regression"}, 0),
-        ({"task": "regression", "loss": "absolute"}, 0),
-    ],
+    small.OBJECTIVES,
 )
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 def test_every_objective_and_activation(objective: dict[str, Any], label: int, activation: str) -> None:

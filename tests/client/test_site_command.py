@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from client.account import read_account
 from client.cli import app
-from client.policy import load_policy, set_policy
+from client.policy_file import load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault, read_split_key
 from client.withdrawal import load_withdrawn, patient_hash

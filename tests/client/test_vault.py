@@ -18,16 +18,17 @@ from client import training
 from client import vault as module
 from client.account import read_account, spending
 from client.ledger import check_certificates
-from client.policy import Policy, approval_of, approve, load_policy, revoke, save_policy, set_policy
+from client.policy import Policy, approval_of
+from client.policy_file import approve, load_policy, revoke, save_policy, set_policy
 from client.settings import SiteFolder
 from client.site import open_vault
 from client.vault import Vault
 from common.cells import dense
 from common.errors import DataError, LedgerError, SiteError
+from common.histograms import EXACT_BINS
 from common.journal import read_journal
 from common.keys import read_public_key
 from common.messages import Refusal, Reply, decode, encode, released
-from common.metrics import EXACT_BINS
 from common.models import parameter_arrays, study_model
 from common.privacy.certificate import read_certificate
 from common.privacy.noise import Seeded
@@ -329,7 +330,7 @@ def failing_with(error: Exception) -> Callable[..., Any]:
 
 
 def patched(vault: Vault, records: Callable[..., Any]) -> None:
-    vault._holdings = type(vault._holdings)(**{**vars(vault._holdings), "records": records})
+    vault._warm.holdings = type(vault._warm.holdings)(**{**vars(vault._warm.holdings), "records": records})
 
 
 def test_what_failed_before_any_row_was_read_is_given_back(folder: SiteFolder) -> None:
@@ -375,7 +376,7 @@ def test_what_an_earlier_attempt_read_is_not_given_back_by_a_later_one(
     """The first attempt read rows and failed, which the coordinator was told; the second failed before."""
     allow(folder, WANTED)
     vault = open_vault(folder, durable=False)
-    real = vault._holdings.records
+    real = vault._warm.holdings.records
     patched(vault, failing_with(DataError("a row that does not fit")))
     assert refused(vault, job()) == "unavailable"
     if restart:
@@ -396,10 +397,9 @@ def test_a_session_goes_on_after_a_round_that_was_given_back(vault: Vault, folde
     allow(folder, WANTED)
     answered(vault, job())
     whole = spent(folder)
-    real = vault._holdings.records
+    real = vault._warm.holdings.records
     patched(vault, failing_with(SiteError("no such file")))
-    vault._trainers.clear()
-    vault._records.clear()
+    vault._warm.clear()
     assert refused(vault, job(number=2)) == "unavailable"
     patched(vault, real)
     assert spent(folder) == whole
@@ -588,14 +588,16 @@ def test_the_budget_is_reserved_before_the_data_is_read(
     allow(folder, WANTED)
     vault = open_vault(folder, durable=False)
     seen = []
-    real = vault._holdings.records
+    real = vault._warm.holdings.records
 
     def watched(wanted: Study) -> object:
         seen.append(spending(folder.ledger_path)[WANTED.digest].rounds)
         return real(wanted)
 
     monkeypatch.setattr(
-        vault, "_holdings", type(vault._holdings)(**{**vars(vault._holdings), "records": watched})
+        vault._warm,
+        "holdings",
+        type(vault._warm.holdings)(**{**vars(vault._warm.holdings), "records": watched}),
     )
     answered(vault, job())
     assert seen == [1]

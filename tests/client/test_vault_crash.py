@@ -16,7 +16,7 @@ from crash_points import job
 from small import allow, make_site, study
 
 from client.ledger import KEPT_REPLIES
-from client.policy import load_policy
+from client.policy_file import load_policy
 from client.settings import SiteFolder
 from client.site import open_vault, read_split_key
 from client.withdrawal import key_line, patient_hash

@@ -19,7 +19,8 @@ from client.account import read_account
 from client.cohort import Patients, load_cohort, load_records
 from client.dpsgd import Batch, draw_batch
 from client.participation import Participation, participations
-from client.policy import approval_of, approve, revoke, set_policy
+from client.policy import approval_of
+from client.policy_file import approve, revoke, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault, read_split_key
 from client.vault import Vault

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small import classes, study
 
 from common.cells import CELLS, PACKED_FROM, VALUES, Cells, dense, packed, sound, stacked
-from common.metrics import EXACT_BINS, Packed, histogram_shapes, histograms, histograms_apart
+from common.histograms import EXACT_BINS, Packed, histogram_shapes, histograms, histograms_apart
 
 SHAPES = [(3,), (2, 10), (PACKED_FROM,), (2, 600), (3, 2, 400)]
 WANTED = {

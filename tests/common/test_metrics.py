@@ -17,20 +17,16 @@ from small import classes, study
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from common.errors import StudyError
-from common.metrics import (
+from common.histograms import (
     EXACT_BINS,
     MISSING_GROUP,
-    Measured,
-    calibration_curve,
-    edges,
     histogram_shapes,
     histograms,
-    measure,
     merged,
-    operating_point,
     overall,
     subgroup_sums,
 )
+from common.metrics import Measured, calibration_curve, edges, measure, operating_point
 from common.privacy.plan import histogram_sensitivity
 from common.study import Study
 

@@ -18,13 +18,15 @@ from torch.nn import functional
 from client.cohort import Cohort, load_cohort
 from client.dpsgd import ClippedGradients, batch_of
 from client.training import Trainer
+from common.encoding import encode
 from common.errors import DataError
-from common.metrics import histogram_shapes, measure
+from common.histograms import histogram_shapes
+from common.metrics import measure
 from common.models import study_model
 from common.objectives import record_losses, scores
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
-from common.schema import encode, examine
+from common.schema import examine
 from common.study import Objective, Study
 from common.table import Table
 

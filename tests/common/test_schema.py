@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import STUDY
 
+from common.encoding import encode
 from common.errors import DataError, StudyError
-from common.schema import compile_schema, encode, examine, feature_names, normal_code, ordered_codes
+from common.features import feature_names, normal_code, ordered_codes
+from common.schema import compile_schema, examine
 from common.study import Study, parse_study
 from common.table import PLACES_SHOWN, Table
 

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from client.statistics import patient_sums
+from common.encoding import Scaling, encode_coded
 from common.errors import Refused, StudyError
 from common.estimates import Figure, consistent, quantiles, ratio
-from common.metrics import merged
-from common.schema import Coded, Scaling, encode_coded, feature_names
+from common.features import feature_names
+from common.histograms import merged
+from common.schema import Coded
 from common.statistics import NOTE, QUANTILES, Description, describe, layout, moments, sensitivity
 
 STUDY = statistics_study()

@@ -19,7 +19,8 @@ from small import classes, study
 
 from common import curves
 from common.curves import Grid
-from common.metrics import Measured, histogram_shapes, histograms, measure, merged, value_ranges
+from common.histograms import histogram_shapes, histograms, merged
+from common.metrics import Measured, measure, value_ranges
 from common.study import Study
 from common.subgroups import FEWEST_PATIENTS, Gap, gaps, subgroups
 from common.uncertainty import Estimate, Interval, _nearest_counts, estimate, merged_noise

@@ -18,7 +18,8 @@ from cluster import START_SECONDS, Cluster, pids, vault_process
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from client.account import read_account, spending
-from client.policy import approval_of, approve, load_policy, set_policy
+from client.policy import approval_of
+from client.policy_file import approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys
 from common.privacy.mechanism import GaussianRelease, SubsampledGaussian, rate_and_steps

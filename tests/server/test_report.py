@@ -12,7 +12,8 @@ import torch
 from small import study
 
 from common.console import Speaker
-from common.metrics import EXACT_BINS, histograms, measure, merged
+from common.histograms import EXACT_BINS, histograms, merged
+from common.metrics import measure
 from common.privacy.mechanism import GaussianRelease, SubsampledGaussian
 from common.privacy.plan import histogram_sensitivity
 from common.study import Study

@@ -12,8 +12,8 @@ from small import classes, study
 
 from common.cells import packed
 from common.errors import MessageError
+from common.histograms import EXACT_BINS, histogram_shapes
 from common.messages import Job, JobHeader, Refusal, RefusalHeader, Reply, ReplyHeader, encode
-from common.metrics import EXACT_BINS, histogram_shapes
 from common.models import parameter_arrays, study_model
 from common.privacy.mechanism import GaussianRelease, SubsampledGaussian
 from common.statistics import layout

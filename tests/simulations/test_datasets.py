@@ -19,8 +19,8 @@ from malformed import fingerprint
 from client.cohort import load_cohort
 from client.settings import SiteFolder
 from common.errors import DatasetError, StudyError
+from common.features import feature_names
 from common.models import Shape, build_model
-from common.schema import feature_names
 from common.study import Study, load_study
 from simulations.datasets import datasets, fetch, prepare, registry
 from simulations.datasets.heart_disease import CENTRES, PUBLISHED_COUNTS

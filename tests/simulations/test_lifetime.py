@@ -12,7 +12,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation
 from dp_accounting.rdp import RdpAccountant
 
 from client.account import read_account
-from client.policy import load_policy, set_policy
+from client.policy_file import load_policy, set_policy
 from client.settings import SiteFolder
 from common.messages import STATISTICS_ROUND
 from common.privacy.certificate import read_certificate

@@ -165,7 +165,7 @@ def test_who_cannot_be_evaluated_fails_alone(vaults: list[Vault], monkeypatch: p
     def broken(patients: object) -> object:
         raise MemoryError
 
-    monkeypatch.setattr(tasks[2].trainer, "_who_consents", broken)
+    monkeypatch.setattr(tasks[2].trainer, "consenting", broken)
     found = evaluated(tasks)
     assert [isinstance(each, Exception) for each in found] == [False, False, True]
 
