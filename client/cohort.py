@@ -128,7 +128,9 @@ class Records:
         if not listed.any():
             return self
         kept = ~listed[self.patients]
-        coded = Coded({n: c[kept] for n, c in self.coded.columns.items()}, self.coded.labels[kept])
+        own = self.coded
+        columns = {n: c[kept] for n, c in own.columns.items()}
+        coded = Coded(columns, own.labels[kept], {n: c[kept] for n, c in own.wide.items()})
         return Records(self.origin, coded, self.patients[kept], self.hashes, self.part[kept])
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
-from common.dictionary import Positive
 from common.errors import NotApproved, PolicyForbids, Refused, SiteError
+from common.fields import Positive
 from common.files import Strict, canonical_json, validated
 from common.messages import Digest
 from common.privacy.filter import PrivacyFilter, privacy_filter

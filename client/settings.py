@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.dictionary import Finite, Name, Slug
 from common.errors import SiteError
+from common.fields import Finite, Name, Slug
 from common.files import Strict, load_config, read_bounded, validated, write_atomic
 
 
@@ -29,6 +29,20 @@ class Mapping(Strict):
     codes: dict[str, str] = Field(default_factory=dict)
 
 
+class Files(Strict):
+    """Where the files are that a column of images or series names.
+
+    Attributes:
+        at: relative to site.toml: a folder, a .tar or .tar.gz, an .npz, or a long table.
+        array: the array's name in an .npz.
+        max_bytes: refuse a larger single file.
+    """
+
+    at: str
+    array: str = "images"
+    max_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+
+
 class DataSource(Strict):
     """One table of records, CSV or Parquet, by the file's ending.
 
@@ -36,6 +50,7 @@ class DataSource(Strict):
         file: relative to site.toml.
         delimiter: of a CSV file.
         columns: dictionary name → mapping, for those that differ.
+        files: dictionary name → where the files are that the column's cells name.
         max_bytes: refuse a larger file, whatever its header claims.
         max_records: refuse more records.
     """
@@ -43,6 +58,7 @@ class DataSource(Strict):
     file: str
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     columns: dict[Name, Mapping] = Field(default_factory=dict)
+    files: dict[Name, Files] = Field(default_factory=dict)
     max_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     max_records: Annotated[int, Field(ge=1)] = 20_000_000
 

@@ -45,7 +45,7 @@ def patient_sums(study: Study, coded: Coded, patients: Indices) -> dict[str, Arr
     count = len(ids)
     sums, histograms, codes, missing = [], [], [], []
     for i, column in enumerate(described_columns(study)):
-        values = coded.labels if i == len(study.data.columns) else coded.columns[column.name]
+        values = coded.labels if i == len(study.data.tabular) else coded.columns[column.name]
         if isinstance(column, NumericColumn):
             own, histogram, present = _numbers(values, column, bins, who, count)
             sums.append(own)

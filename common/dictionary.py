@@ -9,14 +9,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from common.fields import Finite, Fraction, MissingRule, Name, rising
 from common.files import Strict
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-MissingRule = Literal["refuse", "indicator", "exclude"]
+from common.modalities import ImageColumn, MoleculeColumn, SeriesColumn, TextColumn, Wide
 
 
 class NumericColumn(Strict):
@@ -45,8 +40,7 @@ class NumericColumn(Strict):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         for field, interval in (("range", self.range), ("reference", self.reference)):
-            if interval is not None and not interval[0] < interval[1]:
-                raise ValueError(f"column {self.name}: {field} must rise, got {list(interval)}")
+            rising(f"column {self.name}", field, interval)
         if self.default is not None and not self.range[0] <= self.default <= self.range[1]:
             raise ValueError(f"column {self.name}: default {self.default} lies outside range")
         return self
@@ -92,7 +86,11 @@ class CategoricalColumn(Strict):
         return (self.name,)
 
 
-Column = Annotated[NumericColumn | CategoricalColumn, Field(discriminator="kind")]
+Tabular = NumericColumn | CategoricalColumn
+Column = Annotated[
+    NumericColumn | CategoricalColumn | ImageColumn | SeriesColumn | TextColumn | MoleculeColumn,
+    Field(discriminator="kind"),
+]
 
 
 class LabelClass(Strict):
@@ -188,6 +186,16 @@ class Data(Strict):
     columns: Annotated[tuple[Column, ...], Field(min_length=1, max_length=4096)]
     label: Label
     split: Split = Split()
+
+    @property
+    def tabular(self) -> tuple[Tabular, ...]:
+        """The columns that are numbers or codes."""
+        return tuple(c for c in self.columns if isinstance(c, Tabular))
+
+    @property
+    def wide(self) -> tuple[Wide, ...]:
+        """The columns that are images, series, texts or molecules."""
+        return tuple(c for c in self.columns if isinstance(c, Wide))
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.dictionary import NumericColumn
+from common.dictionary import NumericColumn, Tabular
 from common.errors import Refused
 from common.features import missing_rule, ordered_codes
 from common.schema import Coded, Floats, examine
@@ -22,7 +22,7 @@ class Encoded:
     """Records as a model takes them.
 
     Attributes:
-        features: float32 [records, width], width = len(feature_names(study)).
+        features: float32 [records, width], width = feature_count(study).
         labels: int64 [records], index of the label's class; of a number float32 [records], its range
             scaled to [-1, 1].
         kept: int64 [records], positions in the table; those with an `exclude`d missing value are absent.
@@ -77,6 +77,11 @@ def encode_coded(coded: Coded, study: Study, scaling: Scaling | None = None) -> 
     kept = np.ones(records, dtype=np.bool_)
     parts: list[npt.NDArray[np.float32]] = []
     for column in study.data.columns:
+        if not isinstance(column, Tabular):
+            block = coded.wide[column.name]
+            kept &= ~np.isnan(block[:, 0])
+            parts.append(block)
+            continue
         values = coded.columns[column.name]
         missing = np.isnan(values)
         rule = missing_rule(column, study)
@@ -137,7 +142,7 @@ def _standardised(values: Floats, mean: Floats, deviation: Floats) -> Floats:
 
 
 def refuse_other_scaling(scaling: Scaling, study: Study) -> None:
-    numbers = sum(len(c.sources) for c in study.data.columns if isinstance(c, NumericColumn))
+    numbers = sum(len(c.sources) for c in study.data.tabular if isinstance(c, NumericColumn))
     for name, values in (("mean", scaling.mean), ("deviation", scaling.deviation)):
         if values.shape != (numbers,) or values.dtype != np.float64:
             raise Refused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.dictionary import CategoricalColumn
+from common.dictionary import CategoricalColumn, NumericColumn
 from common.privacy.plan import NO_LIMITS, Limits, StudyPlan, plan_study
 from common.study import Study
 
@@ -57,6 +57,8 @@ def _columns(study: Study) -> str:
     for column in study.data.columns[:40]:
         if isinstance(column, CategoricalColumn):
             parts.append(f"{column.name} ({len(column.codes)} codes)")
+        elif not isinstance(column, NumericColumn):
+            parts.append(f"{column.name} ({column.kind}, {' x '.join(str(n) for n in column.shape)})")
         elif column.repeat > 1:
             parts.append(f"{column.name} (x{column.repeat})")
         else:

@@ -19,8 +19,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from common.dictionary import Slug
 from common.errors import MessageError
+from common.fields import Slug
 from common.files import Strict, canonical_json
 from common.privacy.mechanism import Event
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from common.dictionary import NumericColumn
 from common.errors import DataError, StudyError
 from common.features import WHOLE, missing_rule, normal_code, ordered_codes
+from common.modalities import Wide
 from common.study import Study
 from common.table import Table, Violation
 
@@ -37,10 +38,11 @@ _SCHEMAS_KEPT = 32
 @dataclass(frozen=True)
 class Coded:
     """Decoded columns, float64 [records] or [records, repeat] each; NaN = missing. Labels float64 [records]:
-    the index of the class, or the number."""
+    the index of the class, or the number. Wide columns, float32 [records, width], as `Decoded.values`."""
 
     columns: Mapping[str, Floats]
     labels: Floats
+    wide: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
     dictionary = _dictionary(study)
     violations: list[Violation] = []
     coded: dict[str, Floats] = {}
-    for column in study.data.columns:
+    wide = {column.name: _decoded(table, column, violations) for column in study.data.wide}
+    for column in study.data.tabular:
         if isinstance(column, NumericColumn):
             coded[column.name] = _decode_numeric(table, column, violations)
         else:
@@ -113,15 +116,15 @@ def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
     else:
         labels = _decode_numeric(table, number, violations)
 
-    alone = {c.name: coded[c.name] for c in study.data.columns if c.name not in dictionary.repeated}
+    alone = {c.name: coded[c.name] for c in study.data.tabular if c.name not in dictionary.repeated}
     violations += _violations(dictionary.schema, {**alone, label: labels}, table, {}, label)
     for name, schema in dictionary.repeated.items():
         block = coded[name]
-        sources = next(c.sources for c in study.data.columns if c.name == name)
+        sources = next(c.sources for c in study.data.tabular if c.name == name)
         violations += _violations(schema, {name: block.T.reshape(-1)}, table, {name: sources}, label)
     order = {s: i for i, s in enumerate(s for c in study.data.columns for s in c.sources)}
     violations.sort(key=lambda v: order.get(v.column, len(order)))
-    return Coded(coded, labels), violations
+    return Coded(coded, labels, wide), violations
 
 
 def needed_columns(study: Study) -> tuple[str, ...]:
@@ -142,6 +145,19 @@ def require_columns(table: Table, study: Study) -> None:
             f"{table.origin}: the table lacks column {', '.join(lacking[:10])}{more}",
             remedy="export the columns, or say in site.toml [data.columns.NAME] what they are called there",
         )
+
+
+def _decoded(table: Table, column: Wide, violations: list[Violation]) -> npt.NDArray[np.float32]:
+    """A wide column's numbers; what the study refuses becomes violations."""
+    found = table.decoded[column.name]
+    if column.missing == "refuse":
+        for problem, positions in found.problems.items():
+            violations.append(table.violation(column.name, problem, positions))
+        told = np.concatenate([np.empty(0, dtype=np.int64), *found.problems.values()])
+        lacking = np.setdiff1d(np.flatnonzero(np.isnan(found.values[:, 0])), told)
+        if len(lacking):
+            violations.append(table.violation(column.name, _MISSING, lacking))
+    return found.values
 
 
 def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violation]) -> Floats:
@@ -217,7 +233,7 @@ def _compile(study: Study) -> _Dictionary:
     codes: dict[str, Mapping[str, int]] = {}
     alone: dict[str, Any] = {}
     repeated: dict[str, Any] = {}
-    for column in study.data.columns:
+    for column in study.data.tabular:
         nullable = missing_rule(column, study) != "refuse"
         if isinstance(column, NumericColumn):
             schema = pandera.Column(float, _numeric_checks(column), nullable=nullable)

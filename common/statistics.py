@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.dictionary import CategoricalColumn, Column, NumericColumn
+from common.dictionary import CategoricalColumn, NumericColumn, Tabular
 from common.encoding import Scaling
 from common.errors import StudyError
 from common.estimates import Counts, Figure, Spread, consistent, quantiles, spread
@@ -129,8 +129,8 @@ def layout(study: Study) -> dict[str, tuple[int, ...]]:
     return {
         "sums": (len(numeric_columns(study)), 2),
         "histograms": (len(numeric_columns(study)), asked(study).bins),
-        "codes": (sum(len(c.codes) for c in study.data.columns if isinstance(c, CategoricalColumn)),),
-        "missing": (sum(may_be_missing(study, c) for c in study.data.columns),),
+        "codes": (sum(len(c.codes) for c in study.data.tabular if isinstance(c, CategoricalColumn)),),
+        "missing": (sum(may_be_missing(study, c) for c in study.data.tabular),),
         "label": (len(study.data.label.classes),),
     }
 
@@ -144,7 +144,7 @@ def sensitivity(study: Study) -> float:
     (Jensen), s² + (1 - u)² <= s² + (1 - s²)² = 1 - s² (1 - s²) <= 1, reached at s = 0 and ±1. With u
     in place of 1 - u it would be 2, with u - 1/2 it would be 5/4.
     """
-    return math.sqrt(len(study.data.columns) + 1 + len(numeric_columns(study)))
+    return math.sqrt(len(study.data.tabular) + 1 + len(numeric_columns(study)))
 
 
 def asked(study: Study) -> Statistics:
@@ -159,10 +159,10 @@ def asked(study: Study) -> Statistics:
     return study.statistics
 
 
-def described_columns(study: Study) -> tuple[Column, ...]:
-    """The dictionary's columns, and the label last if it is a number."""
+def described_columns(study: Study) -> tuple[Tabular, ...]:
+    """The dictionary's numbers and codes, and the label last if it is a number."""
     number = study.data.label.number
-    return (*study.data.columns, *([] if number is None else [number]))
+    return (*study.data.tabular, *([] if number is None else [number]))
 
 
 def numeric_columns(study: Study) -> tuple[NumericColumn, ...]:
@@ -170,7 +170,7 @@ def numeric_columns(study: Study) -> tuple[NumericColumn, ...]:
     return tuple(c for c in described_columns(study) if isinstance(c, NumericColumn))
 
 
-def may_be_missing(study: Study, column: Column) -> bool:
+def may_be_missing(study: Study, column: Tabular) -> bool:
     """Whether a site's data may lack the column's values; if not, a cell for it would add noise only."""
     return (column.missing or study.data.missing) != "refuse"
 
@@ -220,7 +220,7 @@ def describe(study: Study, sums: Arrays, noise_sds: Sequence[float], minimum_pat
     columns: list[Summary] = []
     for column, count in zip(described_columns(study), counts, strict=False):
         if isinstance(column, NumericColumn):
-            kind = "label" if len(columns) == len(study.data.columns) else "numeric"
+            kind = "label" if len(columns) == len(study.data.tabular) else "numeric"
             columns.append(_numeric(column, kind, count, next(spreads), minimum_patients))
         else:
             names = [(code, column.codes[code]) for code in ordered_codes(column)]
@@ -245,7 +245,7 @@ def moments(study: Study, sums: Arrays, noise_sds: Sequence[float]) -> Scaling:
     """
     asked(study)
     spreads = _spreads(study, sums, _counts(study, sums, math.fsum(sd * sd for sd in noise_sds)))
-    numbers = [c for c in study.data.columns if isinstance(c, NumericColumn)]  # a label is no feature
+    numbers = [c for c in study.data.tabular if isinstance(c, NumericColumn)]  # a label is no feature
     means: list[float] = []
     deviations: list[float] = []
     for column, found in zip(numbers, spreads, strict=False):

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import CategoricalColumn, Data, Fraction, Name, Positive, Slug
+from common.dictionary import CategoricalColumn, Data
 from common.errors import StudyError
+from common.fields import Fraction, Name, Positive, Slug
 from common.files import Strict, canonical_json, parse_config, read_bounded, validated
 
 MOST_GROUPS = 32

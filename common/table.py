@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +19,33 @@ VIOLATIONS_SHOWN = 40
 
 
 @dataclass(frozen=True, repr=False)
+class Decoded:
+    """One wide column (common/modalities) of every record.
+
+    Attributes:
+        values: float32 [records, width], scaled as the study says; NaN throughout where there is nothing.
+        problems: what is wrong, in words that quote no value → positions of the records it is wrong with.
+            Their values are NaN. A record that merely lacks the column has no problem.
+    """
+
+    values: npt.NDArray[np.float32]
+    problems: Mapping[str, Positions] = field(default_factory=dict)
+
+    def take(self, positions: Positions) -> Decoded:
+        """The records at `positions` (int64)."""
+        place = np.full(len(self.values), -1, dtype=np.int64)
+        place[positions] = np.arange(len(positions))
+        found = {problem: place[each] for problem, each in self.problems.items()}
+        kept = {problem: each[each >= 0] for problem, each in found.items()}
+        return Decoded(self.values[positions], {problem: each for problem, each in kept.items() if len(each)})
+
+
+@dataclass(frozen=True, repr=False)
 class Table:
     """Records under the names of a study's data dictionary.
 
     Attributes:
+        decoded: dictionary name → what images, series, texts and molecules came to.
         origin: how messages name the file.
         columns: dictionary name → text of every record (pyarrow string array), null where absent.
         rows: the records as they stand in the file, all columns that hold single values.
@@ -35,6 +58,7 @@ class Table:
     rows: Any
     place: Place
     locate: Callable[[Sequence[int]], Sequence[int]]
+    decoded: Mapping[str, Decoded] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -51,6 +75,7 @@ class Table:
             self.rows.take(pa.array(positions)),
             self.place,
             lambda chosen: self.locate([int(positions[i]) for i in chosen]),
+            {name: each.take(positions) for name, each in self.decoded.items()},
         )
 
     def violation(self, column: str, problem: str, positions: Sequence[int] | Positions) -> Violation:

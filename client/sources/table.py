@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from client.settings import DataSource, Mapping, SiteFolder
 from client.sources.columnar import read_parquet
 from client.sources.delimited import read_csv
-from common.dictionary import CategoricalColumn, NumericColumn
+from client.sources.wide import decode
+from common.dictionary import CategoricalColumn, Column, NumericColumn
 from common.errors import DataError, SiteError
 from common.features import normal_code
 from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_text
@@ -47,7 +48,8 @@ def read_table(folder: SiteFolder, study: Study) -> Table:
             rows, place, locate = read_parquet(file, str(path), source, plan.wanted)
         else:
             rows, place, locate = read_csv(file, str(path), source)
-    return Table(str(path), plan.apply(rows, str(path)), rows, place, locate)
+    columns = plan.apply(rows, str(path))
+    return Table(str(path), columns, rows, place, locate, decode(folder, study, columns))
 
 
 class _Plan:
@@ -60,8 +62,8 @@ class _Plan:
     def __init__(self, folder: SiteFolder, study: Study) -> None:
         self.origin = str(folder.root / "site.toml")
         self.names = needed_columns(study)
-        self.columns = {s: c for c in study.data.columns for s in c.sources}
-        self.stems = {c.name: c for c in study.data.columns}
+        self.columns: dict[str, Column] = {s: c for c in study.data.columns for s in c.sources}
+        self.stems: dict[str, Column] = {c.name: c for c in study.data.columns}
         self.single = {*folder.file.data.columns}
         self.label = study.data.label
         number = study.data.label.number
@@ -110,7 +112,11 @@ class _Plan:
             self._fail(name, "is the patient key; identifiers have no codes")
         self._check_codes(name, mapping, column)
 
-    def _check_codes(self, name: str, mapping: Mapping, column: CategoricalColumn | None) -> None:
+    def _check_codes(self, name: str, mapping: Mapping, column: Column | None) -> None:
+        if column is not None and not isinstance(column, CategoricalColumn):
+            if mapping.codes:
+                self._fail(name, f"is a column of kind {column.kind}, which has no codes")
+            return
         if column is not None:
             known = {*column.codes, *column.missing_codes}
         elif name == self.label.column:

@@ -1,6 +1,7 @@
 """The registry of models. A new kind of model is one function decorated with `register`."""
 
-from common.models import tabular as tabular  # registers its models
+from common.models import imaging as imaging  # they register their models
+from common.models import tabular as tabular
 from common.models.registry import (
     Shape,
     build_model,

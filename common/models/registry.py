@@ -14,20 +14,38 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from common.errors import StudyError
-from common.features import feature_names
+from common.features import Block, blocks
 from common.messages import Array
 from common.study import Model, Study
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Attributes:
-    inputs: features of a record.
-    outputs: 1 logit in binary studies, 1 number in regression, else one logit per class.
+    """What a model is given, and what it must give.
+
+    Attributes:
+        inputs: features of a record.
+        outputs: 1 logit in binary studies, 1 number in regression, else one logit per class.
+        blocks: what the features are, in their order; empty: a table.
     """
 
     inputs: int
     outputs: int
+    blocks: tuple[Block, ...] = ()
+
+    def only(self, *kinds: str) -> Block:
+        """The one block of a model that takes nothing else.
+
+        Raises:
+            StudyError: if the study's columns are others.
+        """
+        if len(self.blocks) != 1 or self.blocks[0].kind not in kinds:
+            have = ", ".join(f"{b.name} ({b.kind})" for b in self.blocks) or "a table"
+            raise StudyError(
+                f"this model takes one column of kind {' or '.join(kinds)}; the study has {have}",
+                remedy="choose a model for these columns (multimodal takes several kinds)",
+            )
+        return self.blocks[0]
 
 
 ModelFunction = Callable[..., nn.Module]
@@ -75,7 +93,9 @@ def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
 
 def study_model(study: Study, seed: int = 0) -> nn.Module:
     """The network that a study asks for; see `build_model`."""
-    return build_model(study.model, Shape(len(feature_names(study)), study.outputs), seed)
+    parts = blocks(study)
+    inputs = sum(part.width for part in parts)
+    return build_model(study.model, Shape(inputs, study.outputs, parts), seed)
 
 
 def parameter_count(study: Study) -> int:

@@ -20,8 +20,8 @@ from jwt.exceptions import InvalidTokenError
 from jwt.utils import base64url_decode, base64url_encode
 from pydantic import AfterValidator, Field
 
-from common.dictionary import Positive, Slug
 from common.errors import CertificateError
+from common.fields import Positive, Slug
 from common.files import Strict, canonical_json, validated
 from common.keys import PublicKey, SigningKey
 from common.messages import MAX_CERTIFICATE_CHARACTERS, Digest, SessionId

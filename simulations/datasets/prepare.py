@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simulations.datasets.bundled import breast_cancer, digits
 from simulations.datasets.heart_disease import heart_disease, heart_disease_flamby
+from simulations.datasets.pneumonia import pneumonia
 from simulations.datasets.registry import find
 from simulations.datasets.sites import Hospital, write_sites
 
@@ -15,6 +16,7 @@ _PREPARE: dict[str, Callable[[Path], list[Hospital]]] = {
     "heart-disease": heart_disease,
     "heart-disease-flamby": heart_disease_flamby,
     "digits": digits,
+    "pneumonia": pneumonia,
 }
 
 

@@ -100,6 +100,23 @@ _DATASETS = (
         "doi:10.24432/C50P49; as shipped with scikit-learn.",
         "CC BY 4.0",
     ),
+    Dataset(
+        "pneumonia",
+        "Chest X-rays of children, with and without pneumonia, four sites",
+        "chest_xray_kermany",
+        (
+            RemoteFile(
+                "chest_xray_64.npz",
+                "",
+                "0df5da75d4285f0873435e31f5ad2925c829905f40629db490a0a3b69b82d911",
+                21533432,
+            ),
+        ),
+        "Kermany, Zhang, Goldbaum: Labeled Optical Coherence Tomography (OCT) and Chest X-Ray Images for "
+        "Classification. Mendeley Data v2, 2018, doi:10.17632/rscbjbr9sj.2; Kermany et al., Cell "
+        "2018;172:1122-1131. Guangzhou Women and Children's Medical Center.",
+        "CC BY 4.0",
+    ),
 )
 
 

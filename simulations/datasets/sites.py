@@ -1,11 +1,13 @@
-"""What a prepared hospital looks like: site.toml, patients.csv, SOURCE.txt."""
+"""What a prepared hospital looks like: site.toml, patients.csv, SOURCE.txt, and files that records name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import tomli_w
 
@@ -20,11 +22,22 @@ class Hospital:
     name: the site's name, and its folder's.
     patients: one row a record, columns under the dictionary's names; missing values are NaN.
     eligible: patients that a study may use; its tens are declared as public size.
+    files: name → content of what lies beside patients.csv.
+    places: column → the `[data.files]` table of site.toml.
     """
 
     name: str
     patients: pd.DataFrame
     eligible: int
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    places: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """Arrays as an .npz file, compressed; the same bytes every time."""
+    content = io.BytesIO()
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    return content.getvalue()
 
 
 def write_sites(dataset: Dataset, hospitals: Sequence[Hospital], sites: Path) -> tuple[Path, ...]:
@@ -43,12 +56,14 @@ def write_sites(dataset: Dataset, hospitals: Sequence[Hospital], sites: Path) ->
         folder = sites / hospital.name
         site = {
             "site": {"name": hospital.name, "public_size": max(1, hospital.eligible // 10 * 10)},
-            "data": {"file": "patients.csv"},
+            "data": {"file": "patients.csv"} | ({"files": hospital.places} if hospital.places else {}),
         }
         csv = hospital.patients.to_csv(index=False, lineterminator="\n")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "patients.csv", csv.encode())
+            for name, content in hospital.files.items():
+                write_atomic(folder / name, content)
             write_atomic(folder / "SOURCE.txt", source.encode())
             write_atomic(folder / "site.toml", tomli_w.dumps(site).encode())
         except OSError as failure:

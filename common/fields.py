@@ -1,0 +1,23 @@
+"""Kinds of fields that several files share: names, finite numbers, fractions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+MissingRule = Literal["refuse", "indicator", "exclude"]
+Interval = tuple[Finite, Finite]
+
+
+def rising(owner: str, field: str, interval: Interval | None) -> None:
+    """Raises:
+    ValueError: if the interval's ends don't rise.
+    """
+    if interval is not None and not interval[0] < interval[1]:
+        raise ValueError(f"{owner}: {field} must rise, got {list(interval)}")
