@@ -50,7 +50,7 @@ class Patients:
         labels: int64 [records], index of the class; in regression float32 [records], scaled to [-1, 1].
         offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
         hashes: each patient's keyed hash, by which a withdrawn one is found; None where nobody can be.
-        groups: int64 [records, columns of `evaluation.subgroups`] (common/encoding); None without subgroups.
+        groups: int64 [records, columns of `Study.subgroup_columns`] (common/encoding); None without subgroups.
     """
 
     features: torch.Tensor

@@ -19,9 +19,11 @@ class NumericColumn(Strict):
 
     Attributes:
         unit: the unit that the values have once a site has converted them (UCUM where there is one).
-        range: plausible range; a value outside is a violation.
+        range: plausible range.
         reference: public interval that is scaled linearly to [-1, 1]; `range` when absent. It comes
             from the literature, never from a site's data, so that scaling costs no privacy.
+        beyond: what becomes of a finite value outside `range`: a violation, the nearest end of the range, or
+            a missing value.
         default: public value that stands in for a missing one; the middle of `reference` when absent.
         repeat: the column stands for `name_0 … name_{repeat-1}` (waveforms, pixels).
     """
@@ -34,6 +36,7 @@ class NumericColumn(Strict):
     reference: tuple[Finite, Finite] | None = None
     missing: MissingRule | None = None
     missing_codes: tuple[str, ...] = ()
+    beyond: Literal["refuse", "winsorise", "missing"] = "refuse"
     default: Finite | None = None
     repeat: Annotated[int, Field(ge=1, le=1_000_000)] = 1
 

@@ -26,7 +26,7 @@ class Encoded:
         labels: int64 [records], index of the label's class; of a number float32 [records], its range
             scaled to [-1, 1].
         kept: int64 [records], positions in the table; those with an `exclude`d missing value are absent.
-        groups: int64 [records, columns of `evaluation.subgroups`], see `subgroup_indices`.
+        groups: int64 [records, columns of `Study.subgroup_columns`], see `subgroup_indices`.
     """
 
     features: npt.NDArray[np.float32]
@@ -123,15 +123,17 @@ def _encoded_labels(labels: Floats, study: Study) -> npt.NDArray[np.int64] | npt
 
 
 def subgroup_indices(coded: Coded, study: Study) -> npt.NDArray[np.int64]:
-    """Each record's group in each column of `evaluation.subgroups`, int64 [records, columns].
+    """Each record's group in each of `Study.subgroup_columns`, int64 [records, columns].
 
     A code's group is its index among `ordered_codes`; a missing value, whatever stands in for it among the
     features, is a group of its own, the last one.
     """
-    groups = [
-        np.where(np.isnan(coded.columns[c.name]), len(c.codes), coded.columns[c.name])
-        for c in study.subgroup_columns
-    ]
+    groups = []
+    for column in study.subgroup_columns:
+        values = coded.columns[column.name]
+        starts = study.evaluation.bands.get(column.name)
+        index = values if starts is None else np.digitize(values, starts)
+        groups.append(np.where(np.isnan(values), len(column.codes), index))
     return np.array(groups, dtype=np.int64).reshape(len(groups), len(coded.labels)).T
 
 

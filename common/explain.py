@@ -75,7 +75,7 @@ def _privacy(study: Study) -> list[str]:
             "A deployed site refuses this, unless its policy says that its cohort is public anyway.",
         ]
     of = "errors" if study.data.label.number else "scores"
-    groups = study.evaluation.subgroups
+    groups = [column.name for column in study.subgroup_columns]
     by = f", also by {' and '.join(groups)}" if groups else ""
     lines = [
         f"Privacy: (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) for each patient over a session, "

@@ -178,6 +178,10 @@ def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violat
             if len(found):
                 violations.append(table.violation(source, "not a number", found))
         values[strange] = (column.range[0] + column.range[1]) / 2  # already told; no second violation
+    if column.beyond != "refuse":
+        low, high = column.range
+        beyond = np.isfinite(values) & ((values < low) | (values > high))
+        values[beyond] = np.nan if column.beyond == "missing" else values[beyond].clip(low, high)
     return values if column.repeat == 1 else values.reshape(column.repeat, table.records).T
 
 

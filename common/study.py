@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import CategoricalColumn, Data
+from common.dictionary import CategoricalColumn, Data, NumericColumn
 from common.errors import StudyError
-from common.fields import Fraction, Name, Positive, Slug
+from common.fields import Finite, Fraction, Name, Positive, Slug
 from common.files import Strict, canonical_json, parse_config, read_bounded, validated
 
 MOST_GROUPS = 32
@@ -156,6 +158,8 @@ class Evaluation(Strict):
             signed error, over the width of the label's range to either side.
         subgroups: categorical columns by whose codes the metrics are also told, of 32 codes at most. With
             n of them, noise grows by √(1 + n), because a patient counts in each.
+        bands: numeric column → where its bands begin, but the first one's: `age = [40, 60]` also tells the
+            metrics of below 40, 40 to 60, and 60 and above. Each counts as a subgroup column.
         final_share: the share of the evaluations' Gaussian budget (μ² = Σ 1 / noise_multiplier²) that the
             final one gets; the others share the rest equally. None: all get the same.
     """
@@ -163,6 +167,9 @@ class Evaluation(Strict):
     every: Annotated[int, Field(ge=0)] = 0
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 10
     subgroups: Annotated[tuple[Name, ...], Field(max_length=4)] = ()
+    bands: Annotated[
+        dict[Name, Annotated[tuple[Finite, ...], Field(min_length=1, max_length=31)]], Field(max_length=4)
+    ] = Field(default_factory=dict)
     final_share: Fraction | None = None
 
 
@@ -203,13 +210,22 @@ class Study(Strict):
                 raise ValueError(
                     f"evaluation: subgroup {name} is not a categorical column of {MOST_GROUPS} codes at most"
                 )
+        numbers = {c.name: c for c in self.data.columns if isinstance(c, NumericColumn) and c.repeat == 1}
+        for name, starts in self.evaluation.bands.items():
+            if name not in numbers:
+                raise ValueError(f"evaluation: bands of {name}, which is no single numeric column")
+            if any(a >= b for a, b in pairwise(starts)):
+                raise ValueError(f"evaluation: bands of {name} must rise, got {list(starts)}")
         return self
 
     @property
     def subgroup_columns(self) -> tuple[CategoricalColumn, ...]:
-        """The columns that `evaluation.subgroups` names, in that order."""
+        """The columns that `evaluation.subgroups` names, in that order; then those of `evaluation.bands`, by
+        name, each band a code."""
         coded = {c.name: c for c in self.data.columns if isinstance(c, CategoricalColumn)}
-        return tuple(coded[name] for name in self.evaluation.subgroups)
+        units = {c.name: c.unit for c in self.data.columns if isinstance(c, NumericColumn)}
+        bands = [_banded(n, s, units[n]) for n, s in sorted(self.evaluation.bands.items())]
+        return (*(coded[name] for name in self.evaluation.subgroups), *bands)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -246,6 +262,15 @@ class Study(Strict):
     def public_training_size(self, public_size: int) -> int:
         """Training patients that the site's public size stands for, at least 1."""
         return max(1, math.floor(public_size * (1 - self.data.split.test_fraction) + 1e-9))
+
+
+def _banded(name: str, starts: Sequence[float], unit: str) -> CategoricalColumn:
+    shown = "" if unit == "1" else f" {unit}"
+    edges = [f"{start:g}" for start in starts]
+    codes = {"1": f"below {edges[0]}{shown}"}
+    codes |= {str(i): f"{a} to below {b}{shown}" for i, (a, b) in enumerate(pairwise(edges), start=2)}
+    codes[str(len(edges) + 1)] = f"{edges[-1]}{shown} and above"
+    return CategoricalColumn(kind="categorical", name=name, codes=codes)
 
 
 def parse_study(content: bytes, origin: str) -> Study:

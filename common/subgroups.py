@@ -23,7 +23,7 @@ class Subgroup:
     the share of its records there.
 
     Attributes:
-        column: of `evaluation.subgroups`.
+        column: of `Study.subgroup_columns`.
         group: the code, or `(missing)`.
         meaning: what the code means.
     """
@@ -86,7 +86,7 @@ def gaps(study: Study, sums: Arrays, noise: float) -> tuple[Gap, ...]:
         noise: standard deviation of the noise in every cell; 0 = exact.
     """
     random = np.random.default_rng(SEED)
-    columns: dict[str, dict[str, _Group]] = {name: {} for name in study.evaluation.subgroups}
+    columns: dict[str, dict[str, _Group]] = {column.name: {} for column in study.subgroup_columns}
     for column, code, _, own in subgroup_sums(study, sums):
         measured = measure(study, own, noise)
         cells = next(own[name].size for name in ("scores", "confidence", "errors") if name in own)

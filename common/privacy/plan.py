@@ -184,7 +184,7 @@ def histogram_sensitivity(study: Study) -> float:
         whole = math.sqrt(3)
     else:
         whole = math.sqrt(1 + study.outputs)
-    return whole * math.sqrt(1 + len(study.evaluation.subgroups))
+    return whole * math.sqrt(1 + len(study.subgroup_columns))
 
 
 class _ThisStudy:
