@@ -182,6 +182,31 @@ def crafted(study: Study) -> Arrays:
     return arrays
 
 
+@dataclass(frozen=True)
+class ColumnGauge:
+    """Reads canaries whose gradient lies in their own column of the first layer.
+
+    Attributes:
+        unit: float64 [outputs of the first layer], see `direction`.
+    """
+
+    parameters: Arrays
+    unit: np.ndarray
+    share: float = 1.0
+
+    def read(self, sums: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """See `simulations.audit.observe.Gauge`."""
+        first = sums.pop(FIRST)
+        across = np.linalg.qr(np.column_stack([self.unit, np.eye(len(self.unit))[:, 1:]]))[0].T[1:]
+        return self.unit @ first, sums | {"0.weight, across": across @ first}
+
+
+def column_gauge(study: Study) -> ColumnGauge:
+    """The gauge of a `canary_study`."""
+    parameters = crafted(study)
+    return ColumnGauge(parameters, direction(study, parameters))
+
+
 def direction(study: Study, parameters: Arrays) -> np.ndarray:
     """The unit vector [outputs of the first layer] along which a canary's gradient lies in its column.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from simulations.audit.observe import AMPLITUDE, Observed
+from simulations.audit.observe import Observed
 
 FALSE_ALARM = 0.01  # of all checks together
 
@@ -142,7 +142,7 @@ def _mixture(seen: Observed, values: np.ndarray) -> np.ndarray:
     """Distribution function of a canary's sum in a round: Binomial(steps, q) amplitudes plus noise."""
     taken = np.arange(seen.steps + 1)
     weights = stats.binom.pmf(taken, seen.steps, seen.plan.step.sample_rate)
-    found = stats.norm.cdf((values[..., None] - taken * AMPLITUDE) / seen.noise)
+    found = stats.norm.cdf((values[..., None] - taken * seen.amplitude) / seen.noise)
     return np.asarray(found @ weights)
 
 
@@ -154,8 +154,8 @@ def _contribution(seen: Observed, which: np.ndarray, name: str) -> Check:
     uniform = _mixture(seen, values).ravel()
     ks = stats.kstest(uniform, "uniform").pvalue
     rate, steps = seen.plan.step.sample_rate, seen.steps
-    mean = steps * rate * AMPLITUDE
-    spread = math.sqrt(steps * rate * (1 - rate) * AMPLITUDE**2 + seen.noise**2)
+    mean = steps * rate * seen.amplitude
+    spread = math.sqrt(steps * rate * (1 - rate) * seen.amplitude**2 + seen.noise**2)
     error = spread / math.sqrt(values.size)
     z = (float(values.mean()) - mean) / error
     return Check(
@@ -167,7 +167,7 @@ def _contribution(seen: Observed, which: np.ndarray, name: str) -> Check:
 def _capped(seen: Observed) -> Check:
     """Of a wide patient, k records take part, k being the cap: C / √k in each of k columns, √k C in all."""
     taken = min(seen.plan.step.max_records, seen.wide.shape[2])
-    amplitude, noise = AMPLITUDE * math.sqrt(taken), seen.noise * math.sqrt(seen.wide.shape[2])
+    amplitude, noise = seen.amplitude * math.sqrt(taken), seen.noise * math.sqrt(seen.wide.shape[2])
     sums = seen.wide.sum(axis=2).ravel()
     steps = np.arange(seen.steps + 1)
     weights = stats.binom.pmf(steps, seen.steps, seen.plan.step.sample_rate)
@@ -185,8 +185,8 @@ def _participation(seen: Observed) -> Check:
     (too even), nor some more than others (too uneven)."""
     values = seen.along[:, seen.who.present].sum(axis=0)
     count, rate = seen.steps * len(seen.along), seen.plan.step.sample_rate
-    variance = count * rate * (1 - rate) * AMPLITUDE**2 + seen.noise**2 * len(seen.along)
-    total = float(np.square(values - count * rate * AMPLITUDE).sum() / variance)
+    variance = count * rate * (1 - rate) * seen.amplitude**2 + seen.noise**2 * len(seen.along)
+    total = float(np.square(values - count * rate * seen.amplitude).sum() / variance)
     return Check(
         seen.site, "each patient's coins are its own", _two_sided(total, len(values)),
         f"variance of what patients add over all rounds / expected: {total / max(1, len(values)):.3f}",
@@ -198,8 +198,8 @@ def _together(seen: Observed) -> Check:
     values = seen.along[:, seen.who.present].sum(axis=1)
     patients, rate = int(seen.who.present.sum()), seen.plan.step.sample_rate
     draws = patients * seen.steps
-    variance = draws * rate * (1 - rate) * AMPLITUDE**2 + patients * seen.noise**2
-    total = float(np.square(values - draws * rate * AMPLITUDE).sum() / variance)
+    variance = draws * rate * (1 - rate) * seen.amplitude**2 + patients * seen.noise**2
+    total = float(np.square(values - draws * rate * seen.amplitude).sum() / variance)
     return Check(
         seen.site, "the batch's size is random", _two_sided(total, len(values)),
         f"variance of what all add in a round / expected: {total / len(values):.3f}",
@@ -207,12 +207,12 @@ def _together(seen: Observed) -> Check:
 
 
 def _evaluation(seen: Observed) -> Iterator[Check]:
-    """Histograms carry noise: cells are whole numbers plus it. All test patients have the same features, so
-    they are in two cells."""
+    """Histograms carry noise: cells are whole numbers plus it. All test patients have the same features and
+    the same score of about 0 for each class, or of 1/2, so most cells are empty."""
     plan = seen.plan.final_histogram
     deviation = plan.noise_multiplier * plan.sensitivity
     for name, cells in seen.histograms.items():
-        values = np.sort(np.asarray(cells, dtype=np.float64).ravel())[:-2] / deviation
+        values = _empty(name, np.asarray(cells, dtype=np.float64)) / deviation
         if not values.size:
             continue
         total = float(np.square(values).sum())
@@ -220,6 +220,12 @@ def _evaluation(seen: Observed) -> Iterator[Check]:
             f"standard deviation / claimed in {values.size} empty cells: {math.sqrt(total / values.size):.3f}"
         )
         yield Check(seen.site, f"evaluation's noise, {name}", _two_sided(total, values.size), told)
+
+
+def _empty(name: str, cells: np.ndarray) -> np.ndarray:
+    """Cells without a patient: of two classes all but those in which the patients of either label are, of
+    many those above the lowest scores."""
+    return np.sort(cells.ravel())[:-2] if name == "scores" else cells[..., 1:].ravel()
 
 
 def _two_sided(total: float, count: int) -> float:

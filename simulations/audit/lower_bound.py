@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from common.privacy.mechanism import SubsampledGaussian
-from simulations.audit.observe import AMPLITUDE, Observed
+from simulations.audit.observe import Observed
 from simulations.audit.second import second_deltas, second_epsilon
 
 CONFIDENCE = 0.95
@@ -85,7 +85,7 @@ def log_likelihood_ratio(seen: Observed) -> np.ndarray:
     """
     taken = np.arange(seen.steps + 1)
     weights = stats.binom.logpmf(taken, seen.steps, seen.plan.step.sample_rate)
-    amplitudes = taken * AMPLITUDE
+    amplitudes = taken * seen.amplitude
     variance = seen.noise**2
     total = np.zeros(seen.along.shape[1])
     for sums in seen.along:
@@ -123,7 +123,7 @@ def best_threshold(seen: Observed, trials: int = 20_000) -> float:
     random = np.random.default_rng(0)
     shape = (len(seen.along), trials)
     noise = seen.noise * random.standard_normal(shape)
-    taken = random.binomial(seen.steps, seen.plan.step.sample_rate, shape) * AMPLITUDE
+    taken = random.binomial(seen.steps, seen.plan.step.sample_rate, shape) * seen.amplitude
     absent = log_likelihood_ratio(replace(seen, along=noise))
     there = log_likelihood_ratio(replace(seen, along=noise + taken))
     half, level = seen.along.shape[1] // 2, (1 - CONFIDENCE) / 2
@@ -163,7 +163,7 @@ def _by_noise(seen: Observed, rate: float, steps: int, delta: float) -> float:
     empty = seen.along[:, ~seen.who.present]
     most = (
         math.sqrt(float(np.square(empty).sum() / stats.chi2.ppf(1 - CONFIDENCE, empty.size)) / seen.steps)
-        / AMPLITUDE
+        / seen.amplitude
     )
     return second_epsilon([SubsampledGaussian(noise_multiplier=most, sample_rate=rate, steps=steps)], delta)
 

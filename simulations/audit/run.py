@@ -33,20 +33,24 @@ from simulations.audit.canaries import (
     HUGE,
     WIDE,
     WIDE_PATIENTS,
+    Canaries,
     Family,
     admit,
     canaries,
     canary_study,
+    column_gauge,
     make_site,
 )
 from simulations.audit.conformance import Conformance, conformance
+from simulations.audit.labelled import label_gauge, labelled_study, make_labelled_site
 from simulations.audit.lower_bound import LowerBound, lower_bound
-from simulations.audit.observe import Observed, observe
+from simulations.audit.observe import Gauge, Observed, observe
 from simulations.audit.reconstruction import undeclared_models
 from simulations.audit.server_side import against
 
 SITES = ("north", "south")
 ATTACKED = "east"
+STAND_IN: Family = "logistic-regression"  # for what a vault answers whatever the model is
 QUIET = "-quiet"  # sites with so little noise that contributions show by themselves
 MOST_EPSILON = 100.0  # the noise comes from the audited plan, by the policy's floor
 _START_SECONDS = 60.0
@@ -120,16 +124,13 @@ def audit(
         seed: who is in the cohort.
 
     Raises:
-        StudyError: if the study promises no privacy, or its model has no canaries.
+        StudyError: if the study promises no privacy, or its model has no canaries (it doesn't end in a
+            linear layer).
         DeploymentError: if a vault doesn't start.
     """
     began = time.monotonic()
     if not study.private:
         raise StudyError(f"study {study.name} promises no privacy", remedy="nothing to audit")
-    if study.model.name not in FAMILIES:
-        raise StudyError(
-            f"model {study.model.name} has no canaries yet", remedy=f"those that have: {', '.join(FAMILIES)}"
-        )
     plan = plan_study(study, public_size)
     if (plan.step.clipping_norm or 0.0) > HUGE / 1000:
         raise StudyError(
@@ -137,17 +138,19 @@ def audit(
             remedy=f"clip to {HUGE / 1000:g} at most",
         )
     steps = min(plan.steps_per_round * plan.rounds, size.rounds)
-    asked = _canaries_like(study, plan, canaries(size.columns, seed).columns, steps)
+    kind = _Columns if study.model.name in FAMILIES and not study.data.wide else _Labels
+    made = kind(study, plan, canaries(size.columns, seed), steps)
+    few = _Columns(study, plan, canaries(size.columns, seed), steps)
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as folder, ExitStack() as open_ones:
         places = [(name, QUIET * quiet) for quiet in (False, True) for name in SITES]
         seen = [
             _watched(
-                open_ones, Path(folder) / (name + quiet), asked, plan, size, deployed, randomness,
+                open_ones, Path(folder) / (name + quiet), made, plan, size, deployed, randomness,
                 len(places) * seed + i,
             )
             for i, (name, quiet) in enumerate(places)
         ]  # fmt: skip
-        cases = _coordinated(open_ones, Path(folder) / ATTACKED, asked, plan, deployed, randomness)
+        cases = _coordinated(open_ones, Path(folder) / ATTACKED, few.asked, plan, deployed, randomness)
     attacks = attack(study, cohorts) if cohorts else None
     return Audit(
         study=study,
@@ -163,24 +166,54 @@ def audit(
     )
 
 
-def _canaries_like(study: Study, plan: StudyPlan, columns: int, steps: int) -> Study:
-    family: Family = next(f for f in get_args(Family) if f == study.model.name)
-    return canary_study(
-        family,
-        columns,
-        epsilon=MOST_EPSILON,
-        delta=plan.delta,
-        rounds=steps,
-        sample_rate=plan.step.sample_rate,
-        clipping_norm=plan.step.clipping_norm or 1.0,
-        most_records=min(plan.step.max_records, CAP),
-    )
+class _Columns:
+    """Canaries in a column of the first layer each (simulations/audit/canaries).
+
+    Attributes:
+        asked: the study that trains on them.
+    """
+
+    def __init__(self, study: Study, plan: StudyPlan, who: Canaries, steps: int) -> None:
+        family: Family = next((f for f in get_args(Family) if f == study.model.name), STAND_IN)
+        self.asked = canary_study(
+            family,
+            who.columns,
+            epsilon=MOST_EPSILON,
+            delta=plan.delta,
+            rounds=steps,
+            sample_rate=plan.step.sample_rate,
+            clipping_norm=plan.step.clipping_norm or 1.0,
+            most_records=min(plan.step.max_records, CAP),
+        )
+
+    def site(self, root: Path, who: Canaries) -> tuple[SiteFolder, Gauge]:
+        """Make a site of these canaries."""
+        return make_site(root, root.name, who), column_gauge(self.asked)
+
+
+class _Labels:
+    """Canaries with a label each (simulations/audit/labelled), for all other models; see `_Columns`."""
+
+    def __init__(self, study: Study, plan: StudyPlan, who: Canaries, steps: int) -> None:
+        self.asked = labelled_study(
+            study,
+            who,
+            epsilon=MOST_EPSILON,
+            rounds=steps,
+            sample_rate=plan.step.sample_rate,
+            most_records=min(plan.step.max_records, CAP),
+        )
+
+    def site(self, root: Path, who: Canaries) -> tuple[SiteFolder, Gauge]:
+        """Make a site of these canaries."""
+        folder = make_labelled_site(root, root.name, self.asked, who)
+        return folder, label_gauge(self.asked, folder, who)
 
 
 def _watched(
     open_ones: ExitStack,
     root: Path,
-    asked: Study,
+    made: _Columns | _Labels,
     plan: StudyPlan,
     size: Size,
     deployed: bool,
@@ -188,10 +221,11 @@ def _watched(
     seed: int,
 ) -> Observed:
     who = canaries(size.columns, seed, many=40)
-    site = make_site(root, root.name, who)
+    site, gauge = made.site(root, who)
     least = 0.0 if root.name.endswith(QUIET) else plan.step.noise_multiplier
-    promised = admit(site, asked, least)
-    return observe(_opened(open_ones, site, deployed, randomness), asked, promised, who, "audit")
+    promised = admit(site, made.asked, least)
+    answer = _opened(open_ones, site, deployed, randomness)
+    return observe(answer, made.asked, promised, who, gauge, "audit")
 
 
 def _coordinated(
@@ -261,6 +295,10 @@ def _untested(study: Study, plan: StudyPlan, steps: int, attacks: Attacks | None
         yield f"steps {steps + 1} to {total}: they are the same code with fresh noise"
     if plan.steps_per_round > 1:
         yield "several local steps between two messages: one step a round shows more"
+    if study.model.name not in FAMILIES:
+        yield f"a malicious coordinator of {study.model.name}: it was a {STAND_IN}'s"
+    if study.objective.task != "binary" or study.model.name not in FAMILIES:
+        yield "this study's loss: canaries have the cross-entropy of their classes"
     if study.training.optimizer.name != "sgd" or study.training.optimizer.momentum:
         yield "the optimiser: it sees noised gradients only, so that it may do anything"
     if study.statistics is not None:

@@ -20,12 +20,14 @@ from client.training import Trainer
 from common.errors import FedwardError
 from common.messages import Array, Arrays
 from common.models import parameter_arrays, study_model
+from common.objectives import known_labels, record_losses
 from common.privacy.noise import OperatingSystem, Randomness
 from common.privacy.plan import StudyPlan, plan_study
 from common.study import Study
 from server.algorithms import Update, algorithm_of
 
 FEWEST_MODELS = 8
+WITHOUT_CLASSES = ("regression", "survival")
 NO_SECRET = b"who tests doesn't matter here"  # it orders the patients only
 
 
@@ -37,7 +39,8 @@ class Shadows:
         member: bool [models, patients]: who trained.
         confidence: float64 [models, patients]; see `confidences`.
         likelihood: float64 [models, patients]: of the patient's label, up to a factor.
-        right: share of the labels that are told rightly, of members and of others; None in regression.
+        right: share of the labels that are told rightly, of members and of others (of patients with several
+            labels: share of those with most of them right); None in regression and survival.
     """
 
     member: np.ndarray
@@ -120,7 +123,7 @@ def train_shadows(
         found.append(confidences(study, released_model(trainer, drawn, number), pool))
     confidence = np.stack([c for c, _ in found])
     right = np.stack([r for _, r in found])
-    regression = study.objective.task == "regression"
+    regression = study.objective.task in WITHOUT_CLASSES
     return Shadows(
         member=member,
         confidence=confidence,
@@ -152,7 +155,8 @@ def confidences(study: Study, parameters: Arrays, patients: Patients) -> tuple[A
 
     Of a record it is log(p / (1 - p)), p the probability of its label (Carlini et al. 2022, section V.A,
     here from the logits, so that nothing overflows); after a hinge loss the margin (section VI.E); in
-    regression minus the loss. A patient has the mean of its records.
+    regression and survival minus the loss; of several labels the mean over those that are known. A patient
+    has the mean of its records.
     """
     network = study_model(study)
     for name, parameter in network.named_parameters():
@@ -160,10 +164,14 @@ def confidences(study: Study, parameters: Arrays, patients: Patients) -> tuple[A
     network.eval()
     outputs = network(patients.features).double()
     labels = patients.labels
-    if study.objective.task == "regression":
-        found = (outputs[:, 0] - labels).abs()
-        found = -found if study.objective.loss == "absolute" else -found.square()
+    if study.objective.task in WITHOUT_CLASSES:
+        found = -record_losses(study.objective, outputs, labels)
         right = torch.zeros_like(found)
+    elif study.objective.task == "multi-label":
+        known, wanted = known_labels(labels, outputs)
+        margins = outputs * (2 * wanted - 1) * known
+        found = margins.sum(dim=1) / known.sum(dim=1).clamp(min=1)
+        right = (margins > 0).double().sum(dim=1) - known.sum(dim=1) / 2
     elif study.objective.task == "binary":
         found = outputs[:, 0] * (2 * labels - 1)
         right = found
