@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -67,6 +68,8 @@ def as_json(found: Audit) -> dict[str, Any]:
              "refuted": b.refuted}
             for b in found.bounds
         ],
+        "differences": [{**asdict(d), "sound": d.sound} for d in found.differences],
+        "final_model": asdict(found.final_model),
         "cases": [case.as_json() for case in found.cases],
         "attacks": found.attacks.as_json() if found.attacks else None,
         "untested": list(found.untested),
@@ -98,6 +101,15 @@ def as_html(told: Mapping[str, Any], more: Iterable[str] = ()) -> str:
         ],
         numbers={1, 2, 3, 4, 5},
     )  # fmt: skip
+    differences = _table(
+        ("What one patient changes", "Measured", "At most"),
+        [
+            ((d["claim"], f"{d['worst']:.3g}", f"{d['allowed']:g}"), not d["sound"])
+            for d in told["differences"]
+        ],
+        numbers={1, 2},
+    )
+    last = told["final_model"]
     claims = _table(
         ("What", "Value"),
         [((key.replace("_", " "), str(value)), False) for key, value in claim.items()],
@@ -127,6 +139,12 @@ Made {escape(told["made"])} in {told["seconds"]} s, over {told["watched_steps"]}
 <h2>Lower bounds on ε</h2>
 <p>Each at {told["confidence"]:.0%} confidence. By trade-off: supposes a subsampled Gaussian of the claimed
 rate; one run: supposes nothing; by the noise: supposes all but the noise, which is measured.</p>{bounds}
+<p>The released model alone, asked about {last["canaries"]} made-up patients of whom half trained, gives away
+ε ≥ {last["at_least"]:.3f} of {last["claimed"]:.3f}; trained
+without protection, ε ≥ {last["unprotected"]:.3f}.</p>
+<h2>Finite differences, the noise off</h2>
+<p>The site's own sums over made-up patients with 1 to 40 records, with and without each of them.</p>
+{differences}
 <h2>Conformance</h2>
 <p>{len(told["checks"])} tests, {alarms} alarms. A sound site raises any with probability
 {told["false_alarm"]:.0%} at most.</p>{checks}

@@ -25,7 +25,7 @@ from common.privacy.noise import OperatingSystem, Randomness
 from common.privacy.plan import StudyPlan, plan_study
 from common.processes import beside_python
 from common.study import Study
-from simulations.audit.attacks import Attacks, attack
+from simulations.audit.attacks import Attacks, attack, without_privacy
 from simulations.audit.attempts import Case, Target
 from simulations.audit.canaries import (
     CAP,
@@ -42,6 +42,8 @@ from simulations.audit.canaries import (
     make_site,
 )
 from simulations.audit.conformance import Conformance, conformance
+from simulations.audit.differences import Difference, differences
+from simulations.audit.final_model import FinalModel, final_model
 from simulations.audit.labelled import label_gauge, labelled_study, make_labelled_site
 from simulations.audit.lower_bound import LowerBound, lower_bound
 from simulations.audit.observe import Gauge, Observed, observe
@@ -63,13 +65,15 @@ class Size:
     Attributes:
         columns: half of them get a canary.
         rounds: at most; a study with more steps is audited over its first ones.
+        asked: canaries about which the final model is asked.
     """
 
     columns: int
     rounds: int
+    asked: int = 200
 
 
-SHORT, FULL = Size(300, 40), Size(2000, 200)
+SHORT, FULL = Size(300, 40), Size(2000, 200, 1000)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Audit:
         plan: of the audited study at the given public size.
         steps: that were watched, of `plan`'s.
         deployed: through the sockets of served vaults, with the operating system's randomness.
+        differences: what one patient changes in a sum without noise.
+        bounds: from what is seen of each round; `final_model` from the released model alone.
         cases: what a malicious coordinator tried.
         attacks: on real cohorts; None if none was given.
         seconds: it took.
@@ -91,7 +97,9 @@ class Audit:
     steps: int
     deployed: bool
     conformance: Conformance
+    differences: tuple[Difference, ...]
     bounds: tuple[LowerBound, ...]
+    final_model: FinalModel
     cases: tuple[Case, ...]
     attacks: Attacks | None
     seconds: float
@@ -100,8 +108,9 @@ class Audit:
     @property
     def sound(self) -> bool:
         attacked = self.attacks is None or self.attacks.sound
-        refuted = any(b.refuted for b in self.bounds) or not all(c.sound for c in self.cases)
-        return self.conformance.sound and attacked and not refuted
+        refuted = any(b.refuted for b in self.bounds) or not self.final_model.sound
+        exact = all(d.sound for d in self.differences) and all(c.sound for c in self.cases)
+        return self.conformance.sound and attacked and exact and not refuted
 
 
 def audit(
@@ -152,12 +161,15 @@ def audit(
         ]  # fmt: skip
         cases = _coordinated(open_ones, Path(folder) / ATTACKED, few.asked, plan, deployed, randomness)
     attacks = attack(study, cohorts) if cohorts else None
+    bare = without_privacy(study)
     return Audit(
         study=study,
         plan=plan,
         steps=steps,
         deployed=deployed,
         conformance=conformance(seen),
+        differences=differences(study, plan),
+        final_model=final_model(study, bare, plan, plan_study(bare, public_size), size.asked, randomness),
         bounds=tuple(lower_bound(each) for each in seen if not each.site.endswith(QUIET)),
         cases=cases,
         attacks=attacks,

@@ -1,0 +1,94 @@
+"""Finite differences with the noise off: what one patient changes in the sum that noise is added to.
+
+The vault's own engine sums the clipped gradients of made-up patients with the study's model, with and
+without each of them. The difference must be the patient's gradient, clipped as a whole over all tensors and
+all its records, whoever else is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from client.cohort import Patients
+from client.dpsgd import Batch, Engine, batch_of, engine_of
+from client.rowwise import CLIPPING_MARGIN
+from common.models import study_model
+from common.objectives import record_losses
+from common.privacy.noise import Seeded
+from common.privacy.plan import StudyPlan
+from common.study import Study
+from simulations.audit.made_up import made_up
+
+RECORDS = (1, 1, 1, 1, 1, 1, 40, 40, 7, 2)  # of each patient
+_ENLARGED = (1.0, 8.0)  # times the start's parameters: a coordinator may send any
+_ROUNDING = 1e-4  # of sums in float32; the clipping margin leaves 40 times as much
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is claimed of a patient's contribution.
+
+    Attributes:
+        worst: what was measured, over all patients and parameters.
+        allowed: that it may be at most.
+    """
+
+    claim: str
+    worst: float
+    allowed: float
+
+    @property
+    def sound(self) -> bool:
+        return self.worst <= self.allowed
+
+
+def differences(study: Study, plan: StudyPlan, seed: int = 0) -> tuple[Difference, ...]:
+    """Measure what each of a few made-up patients adds, in units of the clipping norm."""
+    patients, C = made_up(study, RECORDS, seed), plan.step.clipping_norm or 1.0
+    longest, apart, company, empty = 0.0, 0.0, 0.0, 0.0
+    for enlarged in _ENLARGED:
+        network = study_model(study, seed=seed)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(enlarged)
+        engine = engine_of(network, study.objective, plan.step.divisor)
+        batch = _batch(patients, range(len(RECORDS)), plan)
+        whole = engine.sum(patients, batch, C)
+        for i in range(len(RECORDS)):
+            others = engine.sum(patients, _of(batch, [j for j in range(len(RECORDS)) if j != i]), C)
+            alone = engine.sum(patients, _of(batch, [i]), C)
+            changed = whole - others
+            longest = max(longest, float(changed.norm()) / C)
+            company = max(company, float((changed - alone).norm()) / C)
+            wanted = _by_hand(study, engine, patients, _of(batch, [i]), C)
+            apart = max(apart, float((changed - wanted).norm()) / C)
+        empty = max(empty, float(engine.sum(patients, _of(batch, []), C).abs().max()))
+    return (
+        Difference("length of what a patient changes / C", longest, 1.0),
+        Difference("distance from the patient's gradient, clipped as a whole / C", apart, _ROUNDING),
+        Difference("change of it with other company / C", company, _ROUNDING),
+        Difference("largest number in the sum over nobody", empty, 0.0),
+    )
+
+
+def _batch(patients: Patients, chosen: range, plan: StudyPlan) -> Batch:
+    return batch_of(patients, np.array(chosen), plan.step, Seeded(0).stream("sampling"))
+
+
+def _of(batch: Batch, wanted: list[int]) -> Batch:
+    """Some of a batch's patients, with the records that they have in it."""
+    place = torch.full((batch.patients,), -1)
+    place[wanted] = torch.arange(len(wanted))
+    mine = place[batch.patient] >= 0
+    return Batch(batch.records[mine], place[batch.patient[mine]], batch.weights[mine], len(wanted))
+
+
+def _by_hand(study: Study, engine: Engine, patients: Patients, batch: Batch, C: float) -> torch.Tensor:
+    outputs = engine.network(patients.features[batch.records])
+    losses = record_losses(study.objective, outputs, patients.labels[batch.records]) * batch.weights
+    found = torch.autograd.grad(losses.sum(), engine.parameters, materialize_grads=True)
+    gradient = torch.cat([each.flatten() for each in found]).double()
+    return gradient * min(1.0, C * (1 - CLIPPING_MARGIN) / max(float(gradient.norm()), 1e-300))
