@@ -152,7 +152,7 @@ def _placed(root: Path, column: ImageColumn | SeriesColumn) -> dict[str, str]:
                 f"canary,{(step + 0.5) * column.step_hours:g},{variable.name},{random.uniform(low, high)!r}"
             )
     write_atomic(root / f"{column.name}.csv", "\n".join([*lines, ""]).encode())
-    return {"at": f"{column.name}.csv"}
+    return {"at": f"{column.name}.csv", "time_unit": "hours"}
 
 
 @dataclass(frozen=True)
