@@ -27,9 +27,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What the deployment tests need from the system: nginx (Debian's package).
+# What the deployment tests need from the system: nginx and PostgreSQL (Debian's packages).
 tools:
 	PATH=$$PATH:/usr/sbin command -v nginx > /dev/null || (apt-get update -qq && apt-get install -y -qq nginx-light)
+	ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 
 clean:
 	rm -rf runs sites .pytest_cache .mypy_cache .ruff_cache

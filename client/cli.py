@@ -39,6 +39,22 @@ public_size = {identity.public_size}
 # CSV or Parquet, one line a record, relative to this file.
 file = {file}
 
+# Instead of a file, the result of one SELECT, which is read without the right to write. A password stands in
+# password_file (chmod 600), PGPASSWORD or ~/.pgpass, never here.
+# sql = "sqlite:///emr.db"    # or "postgresql+psycopg://fedward@db.hospital/emr"
+# query_file = "cohort.sql"
+# password_file = "keys/database.secret"
+
+# Or FHIR R4 resources: a bundle (.json), a file of one resource a line (.ndjson), or a folder of these.
+# fhir = "export/"
+# fhir_rows = "patient"    # or "encounter"
+# fhir_date = 2026-01-01    # when a patient's age is counted
+# [data.fhir_columns.hba1c]
+# resource = "Observation"
+# code = "http://loinc.org|4548-4"
+# value = "last"
+# unit = "%"
+
 # Columns that are called otherwise, or measured in other units, than the study's dictionary says:
 # [data.columns.chol]
 # column = "CHOL_MMOL"

@@ -33,10 +33,11 @@ LARGEST = 1 << 15  # parameters; beyond, arithmetic and not calls is what a step
 
 
 def may_join(trainer: Trainer) -> bool:
-    """Whether `train_privately` takes it: one record a patient, a small dense network, on the CPU."""
+    """Whether `train_privately` takes it: a record a patient, as it is, a small dense network, on the CPU."""
     engine, patients = trainer.engine, trainer.cohort.train
     return (
         trainer.plan.private
+        and trainer.augmenter is None
         and type(engine) is DenseGradients
         and 0 < engine.size <= LARGEST
         and patients.features.device.type == "cpu"
@@ -108,9 +109,9 @@ class _Site:
         self.records = draw_batch(patients, self._plan, self._sampling).records.numpy()
 
     def gather(self, x: npt.NDArray[np.float32], labels: npt.NDArray[np.generic]) -> None:
-        """Write the batch's features [records, inputs] and labels [records]."""
+        """Write the batch's features [records, inputs] and labels [records, …]."""
         self._features.take(self.records, axis=0, out=x, mode="clip")  # "raise" copies
-        self._labels.take(self.records, out=labels, mode="clip")
+        self._labels.take(self.records, axis=0, out=labels, mode="clip")
 
     def step(self, total: torch.Tensor) -> None:
         """Noise, and the optimiser's step."""
@@ -133,7 +134,7 @@ class _Stack:
         self._objective = trainer.study.objective
         self._clipping_norm = (trainer.plan.step.clipping_norm or 0.0) * (1.0 - CLIPPING_MARGIN)
         train = trainer.cohort.train
-        self._width, self._labels = train.features[:1].numel(), train.labels.dtype
+        self._width, self._labels = train.features[:1].numel(), train.labels[:0]
         self._size = trainer.flat.values.numel()
         # Each row begins where a vector does: how weights lie must not tell a tile's place.
         self._values = np.zeros((count, self._size + -self._size % VECTOR), dtype=np.float32)
@@ -159,7 +160,7 @@ class _Stack:
         if not self._engine.chain.uniform(self._objective, many * TILE, each_tile=True):
             raise ArithmeticError("a row's numbers depend on its company on this machine: train one by one")
         x = torch.zeros((many * TILE, self._width))  # by torch, which begins where a vector does
-        labels = torch.zeros(many * TILE, dtype=self._labels)
+        labels = self._labels.new_zeros((many * TILE, *self._labels.shape[1:]))
         weights, owner = np.zeros(many * TILE, dtype=np.float32), np.zeros(many, dtype=np.int64)
         rows_of_x, rows_of_labels = x.numpy(), labels.numpy()
         for i, (site, first, own) in enumerate(zip(sites, firsts, tiles, strict=True)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from client.origins import SQLITE, FhirColumn
 from common.errors import SiteError
 from common.fields import Finite, Name, Slug
 from common.files import Strict, load_config, read_bounded, validated, write_atomic
@@ -29,38 +31,102 @@ class Mapping(Strict):
     codes: dict[str, str] = Field(default_factory=dict)
 
 
+class Parameter(Strict):
+    """How one variable of a time series stands in the site's own measurements.
+
+    Attributes:
+        names: what the measurements call it, one or more; the study's name when absent.
+        unit: the unit in which they are. Where it differs from the study's, `multiply` and `add` convert:
+            study's value = measured value * multiply + add.
+    """
+
+    names: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+    unit: str | None = None
+    multiply: Finite = 1.0
+    add: Finite = 0.0
+
+
 class Files(Strict):
     """Where the files are that a column of images or series names.
 
     Attributes:
         at: relative to site.toml: a folder, a .tar or .tar.gz, an .npz, or a long table.
         array: the array's name in an .npz.
+        burned_in: whether DICOM images that say that identifiers may be burned into their pixels are taken.
         max_bytes: refuse a larger single file.
+        key, time, parameter, value: what a series' measurements call these columns, whatever the case;
+            `key`, which the column's cells name, stands in a long table only.
+        time_unit: of the measurements' time since the record's beginning.
+        delimiter: of a CSV file of measurements.
+        parameters: the study's variable → how it stands in the measurements, for those that differ.
     """
 
     at: str
     array: str = "images"
+    burned_in: Literal["refuse", "accept"] = "refuse"
     max_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    key: str = "key"
+    time: str = "time"
+    parameter: str = "parameter"
+    value: str = "value"
+    time_unit: Literal["hours", "minutes", "HH:MM"] = "HH:MM"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    parameters: dict[str, Parameter] = Field(default_factory=dict)
 
 
 class DataSource(Strict):
-    """One table of records, CSV or Parquet, by the file's ending.
+    """One table of records: a CSV or Parquet file by its ending, a query's result, or FHIR resources.
 
     Attributes:
         file: relative to site.toml.
         delimiter: of a CSV file.
+        sql: a database, `sqlite:///FILE` (relative to site.toml) or `postgresql+psycopg://HOST/NAME`, without
+            a password.
+        query, query_file: the one SELECT whose result is the table; a file is relative to site.toml.
+        password_file: holds a server's password alone; else PGPASSWORD or ~/.pgpass have it.
+        max_seconds: end a query that takes longer.
+        fhir: a bundle (.json), a file of one resource a line (.ndjson), or a folder of these.
+        fhir_rows: what a row of the table is.
+        fhir_date: when a Patient's age is counted; the encounter's beginning where absent.
+        fhir_columns: the table's column → how it is made. `patient_id` and, of encounters, `encounter_id`
+            are there in any case.
+        dangling: what to do about resources of a patient or encounter who isn't there.
         columns: dictionary name → mapping, for those that differ.
         files: dictionary name → where the files are that the column's cells name.
-        max_bytes: refuse a larger file, whatever its header claims.
+        max_bytes: refuse a larger file, whatever its header claims, and a larger result.
         max_records: refuse more records.
     """
 
-    file: str
+    file: str | None = None
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    sql: str | None = None
+    query: Annotated[str, Field(max_length=100_000)] | None = None
+    query_file: str | None = None
+    password_file: str | None = None
+    max_seconds: Annotated[int, Field(ge=1, le=86_400)] = 3600
+    fhir: str | None = None
+    fhir_rows: Literal["patient", "encounter"] = "patient"
+    fhir_date: date | None = None
+    fhir_columns: dict[Name, FhirColumn] = Field(default_factory=dict)
+    dangling: Literal["refuse", "skip"] = "refuse"
     columns: dict[Name, Mapping] = Field(default_factory=dict)
     files: dict[Name, Files] = Field(default_factory=dict)
     max_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     max_records: Annotated[int, Field(ge=1)] = 20_000_000
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum(each is not None for each in (self.file, self.sql, self.fhir)) != 1:
+            raise ValueError("give one of file, sql and fhir: where the records are")
+        if (self.query is not None) + (self.query_file is not None) != (self.sql is not None):
+            raise ValueError("give query or query_file with sql, and only then")
+        if self.password_file is not None and self.sql is None:
+            raise ValueError("password_file belongs to sql")
+        if self.fhir is None and (self.fhir_columns or self.fhir_date or self.fhir_rows != "patient"):
+            raise ValueError("fhir_columns, fhir_rows and fhir_date belong to fhir")
+        if {"patient_id", "encounter_id"} & {*self.fhir_columns}:
+            raise ValueError("fhir_columns: patient_id and encounter_id are made anyway; leave them out")
+        return self
 
 
 class Identity(Strict):
@@ -123,7 +189,10 @@ class SiteFolder:
 
     @property
     def data_path(self) -> Path:
-        return self.root / self.file.data.file
+        """The data's file or folder; site.toml, which names it, where a server has the data."""
+        data = self.file.data
+        sqlite = data.sql.removeprefix(SQLITE) if data.sql and data.sql.startswith(SQLITE) else None
+        return self.root / (data.file or data.fhir or sqlite or "site.toml")
 
     @property
     def policy_path(self) -> Path:

@@ -18,6 +18,7 @@ from client.holdings import Holdings
 from client.ledger import Ledger, check_certificates
 from client.policy_file import PolicyReader, Signature, signature
 from client.settings import SiteFolder
+from client.sources.version import data_version
 from client.vault import Vault
 from client.withdrawal import WithdrawnReader
 from common.errors import SiteError
@@ -59,15 +60,14 @@ def open_vault(
     resolve(computing.device)  # an operator learns now, not with the first round, that it is absent
     key, signing = split_key or read_split_key(folder), read_signing_key(folder.signing_key_path)
     reader, drawn = PolicyReader(folder), randomness or OperatingSystem()
-    data = folder.data_path
     holdings = Holdings(
         site=folder.name,
         public_size=folder.file.site.public_size,
         policy=reader.policy,
         study=reader.study,
         records=lambda study: load_records(folder, study, key),
-        version=lambda: signature(data),
-        split=lambda study: _split_of(data, study, key),
+        version=lambda: data_version(folder),
+        split=lambda study: _split_of(folder, study, key),
         withdrawn=_while_unchanged(folder.withdrawn_path, WithdrawnReader(folder, key)),
     )
     ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable, prompt=prompt)
@@ -94,10 +94,10 @@ def _while_unchanged(path: Path, read: Callable[[], Read]) -> Callable[[], Read]
     return current
 
 
-def _split_of(data: Path, study: Study, key: bytes) -> str:
-    """Keyed digest of what decides who trains and who tests: the secret, or the file with the column."""
+def _split_of(folder: SiteFolder, study: Study, key: bytes) -> str:
+    """Keyed digest of what decides who trains and who tests: the secret, or the data with the column."""
     column = study.data.split.column
-    decides = "" if column is None else f"{column} {signature(data)}"
+    decides = "" if column is None else f"{column} {data_version(folder)}"
     return hmac.digest(key, f"split {decides}".encode(), "sha256").hex()
 
 

@@ -57,9 +57,9 @@ def _stacked_or_alone(trainings: Sequence[Training]) -> Sequence[Arrays | Except
 def groups(trainings: Sequence[Training]) -> list[list[int]]:
     """Which trainings may be taken at once, as places in `trainings`; each is in one group.
 
-    Those of one study, if its network is linear layers and elementwise activations, whose batches fit in
-    `MEMORY` together: without privacy those whose steps take about as many records, by `train_together`;
-    with it those that `may_join`, by `train_privately`.
+    Those of one study, if its network is linear layers and elementwise activations and nothing is augmented,
+    whose batches fit in `MEMORY` together: without privacy those whose steps take about as many records, by
+    `train_together`; with it those that `may_join`, by `train_privately`.
     """
     alike: dict[object, list[int]] = defaultdict(list)
     room: dict[object, int] = defaultdict(int)
@@ -70,6 +70,7 @@ def groups(trainings: Sequence[Training]) -> list[list[int]]:
         if digest not in known:
             known[digest] = _form(trainer.network)
         fits, widest, size = known[digest]
+        fits = fits and trainer.augmenter is None
         key: object = i
         kind: tuple[object, ...]
         if fits and may_join(trainer):
@@ -182,7 +183,7 @@ class _Batches:
         columns = sum(self._widths)
         first = rounds[0].patients
         self._features = first.features.new_empty((len(rounds), columns, *first.features.shape[1:]))
-        self._labels = first.labels.new_empty((len(rounds), columns))
+        self._labels = first.labels.new_empty((len(rounds), columns, *first.labels.shape[1:]))
         weights = np.zeros((len(rounds), columns), dtype=np.float32)
         starts = list(accumulate(self._widths, initial=0))
         for site, each in enumerate(rounds):
@@ -203,8 +204,8 @@ class _Batches:
         self._weights = torch.from_numpy(weights).to(device)
 
     def steps(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Features [sites, records, inputs], labels and weights [sites, records] of the sites that are not
-        done: the first ones."""
+        """Features [sites, records, inputs], labels [sites, records, …] and weights [sites, records] of the
+        sites that are not done: the first ones."""
         start = 0
         for active, width in zip(self._active, self._widths, strict=True):
             columns = slice(start, start + width)
@@ -273,7 +274,8 @@ class _Stack:
         """Write the gradients of each site's Σ weight · loss.
 
         Args:
-            x: [sites, records, inputs] of the first sites; `labels` and `weights` [sites, records].
+            x: [sites, records, inputs] of the first sites; `labels` [sites, records, …], `weights` [sites,
+                records].
         """
         sites = x.shape[0]
         kept = [x]
@@ -285,7 +287,8 @@ class _Stack:
             else:
                 x = torch.baddbmm(step.bias[:sites, None], x, step.weight[:sites].mT)
             kept.append(x)
-        g = output_gradients(objective, x.flatten(0, 1), labels.flatten(), weights.flatten()).view(x.shape)
+        rows = x.flatten(0, 1), labels.flatten(0, 1), weights.flatten()
+        g = output_gradients(objective, *rows).view(x.shape)
         for place in range(len(self._steps) - 1, self._first - 1, -1):
             step = self._steps[place]
             if isinstance(step, Activation):

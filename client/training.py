@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from client.ahead import DrawnAhead, drawn_ahead
+from client.augment import Augmenter, augmenter_of
 from client.cohort import Cohort, Patients
 from client.device import DEFAULT, Computing, resolve
 from client.dpsgd import Engine, batch_of, draw_batch, engine_of, noised_mean
@@ -35,6 +36,7 @@ class Trainer:
     Attributes:
         network, engine, flat: the model, what differentiates it, and its parameters as one tensor; whoever
             trains several sites together uses them too.
+        augmenter: varies a step's images, if the study says so.
 
     Args:
         cohort: its tensors, grouped by patient.
@@ -58,6 +60,7 @@ class Trainer:
         self.study, self.cohort, self.plan = study, cohort.on(place), plan
         self._withdrawn = withdrawn
         self._known: tuple[Patients, Withdrawn, Patients] | None = None
+        self.augmenter = augmenter_of(study)
         self.network = study_model(study).to(place)
         self.flat = FlatParameters(self.network, place)
         expected = plan.step.divisor  # patients; each has a record at least
@@ -75,11 +78,11 @@ class Trainer:
         return self.flat.since(parameters)
 
     def _private_steps(self, engine: Engine, step: FlatStep, sampling: Stream, noise: Stream) -> None:
-        plan = self.plan.step
+        plan, vary = self.plan.step, self.augmenter
         deviation = plan.noise_multiplier * (plan.clipping_norm or 0.0)
         with drawn_ahead(noise, engine.size, scale=deviation) as normals:
             for _ in range(self.plan.steps_per_round):
-                private_step(engine, self.consenting(self.cohort.train), plan, step, sampling, normals)
+                private_step(engine, self.consenting(self.cohort.train), plan, step, sampling, normals, vary)
 
     def _plain_steps(self, step: FlatStep, sampling: Stream) -> None:
         """Ordinary mini-batches of shuffled patients, over and over; for cohorts that are public."""
@@ -87,8 +90,11 @@ class Trainer:
         parameters = self.engine.parameters
         for chosen in shuffled(len(patients), self.plan, sampling):
             batch = batch_of(patients, chosen, plan, sampling).on(patients.features.device)
-            outputs = self.network(patients.features[batch.records])
-            losses = record_losses(self.study.objective, outputs, patients.labels[batch.records])
+            shown = patients
+            if self.augmenter is not None:
+                shown, batch = self.augmenter.varied(patients, batch, sampling)
+            outputs = self.network(shown.features[batch.records])
+            losses = record_losses(self.study.objective, outputs, shown.labels[batch.records])
             loss = (losses * batch.weights).sum() / batch.patients
             found = torch.autograd.grad(loss, parameters, materialize_grads=True)
             step(torch.cat([each.flatten() for each in found]))
@@ -112,16 +118,25 @@ class Trainer:
 
 
 def private_step(
-    engine: Engine, patients: Patients, plan: StepPlan, step: FlatStep, sampling: Stream, normals: DrawnAhead
+    engine: Engine,
+    patients: Patients,
+    plan: StepPlan,
+    step: FlatStep,
+    sampling: Stream,
+    normals: DrawnAhead,
+    augmenter: Augmenter | None = None,
 ) -> None:
     """One step of DP-SGD, from the coins to the optimiser.
 
     Args:
         step: the optimiser's, on the parameters that `engine` sees.
         normals: of the stream that noise comes from.
+        augmenter: varies the batch's records, each by itself, before gradients are clipped.
     """
     batch = draw_batch(patients, plan, sampling)
     normals.begin()
+    if augmenter is not None:
+        patients, batch = augmenter.varied(patients, batch, sampling)
     total = engine.sum(patients, batch, plan.clipping_norm or 0.0)
     step(noised_mean(total, plan, normals))
 

@@ -7,15 +7,44 @@ the study alone; a model puts it into `shape` again. What a site's cells hold is
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.fields import Finite, Interval, Name, Positive, rising
 from common.files import Strict
 
 Unreadable = Literal["refuse", "exclude"]
 LARGEST_BLOCK = 1 << 22  # numbers a record
+
+
+Axis = Literal["depth", "height", "width"]
+
+
+class Augmentation(Strict):
+    """How images vary from one training step to the next; each record by itself, never in evaluation.
+
+    Attributes:
+        flip: axes along which an image is mirrored, for each by a coin; `true` is the width (left and right).
+        shift: along each axis by up to so much of its size, in whole pixels; the edge is repeated.
+        rotate: by up to so many degrees, either way; in 2-D.
+        brightness: brighter or darker by up to so much of the window's width.
+    """
+
+    flip: tuple[Axis, ...] = ()
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @field_validator("flip", mode="before")
+    @classmethod
+    def _usual_axis(cls, value: Any) -> Any:
+        return {True: ("width",), False: ()}[value] if isinstance(value, bool) else value
+
+    @property
+    def varies(self) -> bool:
+        return bool(self.flip or self.shift or self.rotate or self.brightness)
 
 
 class ImageColumn(Strict):
@@ -29,6 +58,7 @@ class ImageColumn(Strict):
         unit: of the intensities, once a file's own rescaling is applied (DICOM: its modality LUT).
         range: intensities (a window) that are mapped to [-1, 1]; what lies outside is kept at its ends.
         missing: what becomes of a record whose file is absent or can't be read; `refuse` lists them all.
+        augmentation: how images vary while a model is trained; not at all when absent.
     """
 
     kind: Literal["image"]
@@ -39,6 +69,7 @@ class ImageColumn(Strict):
     unit: str = "1"
     range: Interval = (0.0, 255.0)
     missing: Unreadable = "refuse"
+    augmentation: Augmentation = Augmentation()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,6 +88,12 @@ class ImageColumn(Strict):
         rising(f"column {self.name}", "range", self.range)
         if self.width > LARGEST_BLOCK:
             raise ValueError(f"column {self.name}: size: {self.width} numbers, more than {LARGEST_BLOCK}")
+        if len(self.size) == 3 and self.augmentation.rotate:
+            raise ValueError(
+                f"column {self.name}: augmentation: volumes are flipped and shifted, not rotated"
+            )
+        if len(self.size) == 2 and "depth" in self.augmentation.flip:
+            raise ValueError(f"column {self.name}: augmentation: a 2-D image has no depth to flip")
         return self
 
 
@@ -175,6 +212,33 @@ class TextColumn(Strict):
         return (self.name,)
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """A physico-chemical property and the public interval that is scaled to [-1, 1]."""
+
+    name: str
+    unit: str
+    interval: Interval
+
+
+# Intervals hold nearly all drug-like molecules: Lipinski's and Veber's rules lie well inside.
+DESCRIPTORS: tuple[Descriptor, ...] = (
+    Descriptor("molecular weight", "g/mol", (0.0, 800.0)),
+    Descriptor("logP", "1", (-5.0, 10.0)),
+    Descriptor("molar refractivity", "cm3/mol", (0.0, 200.0)),
+    Descriptor("polar surface", "Angstrom2", (0.0, 200.0)),
+    Descriptor("hydrogen-bond acceptors", "1", (0.0, 15.0)),
+    Descriptor("hydrogen-bond donors", "1", (0.0, 8.0)),
+    Descriptor("rotatable bonds", "1", (0.0, 20.0)),
+    Descriptor("rings", "1", (0.0, 6.0)),
+    Descriptor("aromatic rings", "1", (0.0, 5.0)),
+    Descriptor("heavy atoms", "1", (0.0, 60.0)),
+    Descriptor("share of sp3 carbons", "1", (0.0, 1.0)),
+    Descriptor("halogens", "1", (0.0, 6.0)),
+    Descriptor("charge", "1", (-2.0, 2.0)),
+)
+
+
 class MoleculeColumn(Strict):
     """A molecule by its SMILES, which is the cell.
 
@@ -182,6 +246,7 @@ class MoleculeColumn(Strict):
         representation: `fingerprint`: Morgan's (Rogers & Hahn 2010), one number a bit; `tokens`: ids of
             the SMILES's atoms, bonds and brackets, as in a text column.
         bits, radius: of the fingerprint.
+        descriptors: after the fingerprint, `DESCRIPTORS` (Crippen's logP, polar surface, …).
         tokens: at most so many.
         missing: what becomes of a record whose SMILES can't be read.
     """
@@ -192,6 +257,7 @@ class MoleculeColumn(Strict):
     representation: Literal["fingerprint", "tokens"] = "fingerprint"
     bits: Annotated[int, Field(ge=64, le=16_384)] = 1024
     radius: Annotated[int, Field(ge=0, le=6)] = 2
+    descriptors: bool = False
     tokens: Annotated[int, Field(ge=1, le=2048)] = 100
     missing: Unreadable = "refuse"
 
@@ -202,7 +268,9 @@ class MoleculeColumn(Strict):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.bits,) if self.representation == "fingerprint" else (self.tokens,)
+        if self.representation == "tokens":
+            return (self.tokens,)
+        return (self.bits + (len(DESCRIPTORS) if self.descriptors else 0),)
 
     @property
     def width(self) -> int:
@@ -211,6 +279,12 @@ class MoleculeColumn(Strict):
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.name,)
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        if self.descriptors and self.representation == "tokens":
+            raise ValueError(f"column {self.name}: descriptors go with a fingerprint, not with tokens")
+        return self
 
 
 Wide = ImageColumn | SeriesColumn | TextColumn | MoleculeColumn

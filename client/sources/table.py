@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections import abc
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from client.settings import DataSource, Mapping, SiteFolder
-from client.sources.columnar import read_parquet
+from client.sources.bounded import opened
+from client.sources.columnar import Locate, read_parquet
 from client.sources.delimited import read_csv
+from client.sources.fhir import read_fhir
 from client.sources.wide import decode
 from common.dictionary import CategoricalColumn, Column, NumericColumn
 from common.errors import DataError, SiteError
 from common.features import normal_code
 from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_text
 from common.study import Study
-from common.table import Table
+from common.table import Place, Table
 
 _MAP_REMEDY = "mend [data.columns] in site.toml"
 
 
 def read_table(folder: SiteFolder, study: Study) -> Table:
-    """Read the site's file, all of it as text, under the study's names.
+    """Read the site's records, all of them as text, under the study's names.
 
-    Sizes are checked before anything is read: the file's own, and what a Parquet header claims.
+    Sizes are checked before anything is read: the file's own, and what a Parquet header claims; a query's
+    result and FHIR resources are counted while they come.
 
     Raises:
         SiteError: if the mapping in site.toml doesn't fit the study or the table.
-        DataError: if the file is absent, too large, damaged, or lacks a column.
+        DataError: if the data are absent, too large, damaged, or lack a column.
     """
-    source = folder.file.data
-    path = folder.data_path
     plan = _Plan(folder, study)
+    rows, place, locate, origin = _rows(folder, study, plan.wanted)
+    columns = plan.apply(rows, origin)
+    return Table(origin, columns, rows, place, locate, decode(folder, study, columns))
+
+
+def _rows(folder: SiteFolder, study: Study, wanted: abc.Mapping[str, str]) -> tuple[Any, Place, Locate, str]:
+    """The table as the site has it, what finds its records again, and how messages name it."""
+    source, path = folder.file.data, folder.data_path
+    if source.sql is not None:
+        from client.sources.sql import read_sql  # SQLAlchemy is loaded where it is needed
+
+        return read_sql(folder, study)
+    if source.fhir is not None:
+        return read_fhir(folder)
     ending = path.suffix.lower()
     if ending not in (".csv", ".tsv", ".txt", ".parquet", ".pq"):
         raise SiteError(
             f"{path}: neither CSV nor Parquet by its name", remedy="name a .csv or .parquet file in site.toml"
         )
-    with _opened(path, source) as file:
+    with opened(path, source) as file:
         if ending in (".parquet", ".pq"):
-            rows, place, locate = read_parquet(file, str(path), source, plan.wanted)
-        else:
-            rows, place, locate = read_csv(file, str(path), source)
-    columns = plan.apply(rows, str(path))
-    return Table(str(path), columns, rows, place, locate, decode(folder, study, columns))
+            return *read_parquet(file, str(path), source, wanted), str(path)
+        return *read_csv(file, str(path), source), str(path)
 
 
 class _Plan:
@@ -66,8 +76,8 @@ class _Plan:
         self.stems: dict[str, Column] = {c.name: c for c in study.data.columns}
         self.single = {*folder.file.data.columns}
         self.label = study.data.label
-        number = study.data.label.number
-        self.numbers = {number.name: number} if number else {}
+        numbers = (study.data.label.number, study.data.label.time)
+        self.numbers = {number.name: number for number in numbers if number}
         self.key = study.data.patient_key
         self.mappings = {name: self._mapping(name, folder.file.data) for name in self.names}
         self.wanted = {name: self.mappings[name].column or name for name in self.names}
@@ -119,8 +129,10 @@ class _Plan:
             return
         if column is not None:
             known = {*column.codes, *column.missing_codes}
-        elif name == self.label.column:
-            known = {code for each in self.label.classes for code in each.codes}
+        elif name in self.label.codes:
+            absent = {each.name: each.missing_codes for each in self.label.columns}
+            known = {code for code, _ in self.label.codes[name]}
+            known |= {"", *absent[name]} if name in absent else set()
         else:
             known = {"train", "test", ""}
         strange = {normal_code(c) for c in mapping.codes.values()} - {normal_code(c) for c in known}
@@ -143,8 +155,8 @@ class _Plan:
             more = f" and {len(lacking) - 10} more" if len(lacking) > 10 else ""
             raise DataError(
                 f"{origin}: the table lacks column {', '.join(lacking[:10])}{more}",
-                remedy="export the columns with a header line, or say in site.toml [data.columns.NAME] "
-                "what they are called there",
+                remedy="export them with a header line, select them in the query, or say in site.toml "
+                "[data.columns.NAME] what they are called there",
             )
         text = {name: rows.column(self.wanted[name]).combine_chunks() for name in self.names}
         for column in self.stems.values():
@@ -180,32 +192,3 @@ def _rescaled(text: Any, mapping: Mapping, column: NumericColumn) -> Any:
     with np.errstate(over="ignore", invalid="ignore"):
         converted = pa.array(values * mapping.multiply + mapping.add).cast(pa.string())
     return pc.if_else(convertible, converted, text)
-
-
-def _opened(path: Path, source: DataSource) -> BinaryIO:
-    """The file, once it is known to be a regular one of a bearable size.
-
-    Raises:
-        DataError: if it isn't.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
-            raise DataError(f"{path}: is {kind}, not a file", remedy="name the file itself in site.toml")
-        file = path.open("rb")
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or "not a possible path"
-        raise DataError(
-            f"{path}: cannot be read ({reason})", remedy="check [data] file in site.toml and its permissions"
-        ) from None
-    size = os.fstat(file.fileno()).st_size
-    if size == 0 or size > source.max_bytes:
-        file.close()
-        if size == 0:
-            raise DataError(f"{path}: is empty", remedy="export the table again")
-        raise DataError(
-            f"{path}: holds {size} bytes, more than {source.max_bytes}",
-            remedy="raise max_bytes in site.toml if the machine's memory allows it",
-        )
-    return file

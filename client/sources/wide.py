@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from client.settings import Files, SiteFolder
-from client.sources import images
+from client.sources import images, series, text
 from common.errors import SiteError
 from common.modalities import Wide
 from common.study import Study
@@ -33,7 +33,19 @@ class Where:
 Reader = Callable[[Any, Sequence[str | None], Where | None], Decoded]
 """Takes the column, each record's cell (None = missing) and where its files are, if site.toml says so."""
 
-_READERS: dict[str, Reader] = {"image": images.read}
+
+def _molecules(column: Any, cells: Sequence[str | None], where: Where | None) -> Decoded:
+    from client.sources import molecules  # RDKit: few sites need it
+
+    return molecules.read(column, cells, where)
+
+
+_READERS: dict[str, Reader] = {
+    "image": images.read,
+    "series": series.read,
+    "text": text.read,
+    "molecule": _molecules,
+}
 _NEED_FILES = frozenset({"image", "series"})
 
 
@@ -50,7 +62,7 @@ def decode(folder: SiteFolder, study: Study, columns: Mapping[str, Any]) -> dict
     return {c.name: _decoded(folder, c, columns[c.name]) for c in study.data.wide}
 
 
-def _decoded(folder: SiteFolder, column: Wide, text: Any) -> Decoded:
+def _decoded(folder: SiteFolder, column: Wide, content: Any) -> Decoded:
     files = folder.file.data.files.get(column.name)
     if files is None and column.kind in _NEED_FILES:
         raise SiteError(
@@ -58,6 +70,6 @@ def _decoded(folder: SiteFolder, column: Wide, text: Any) -> Decoded:
             remedy=f'add [data.files.{column.name}] with at = "…", a folder or an archive',
         )
     where = None if files is None else Where(folder.root / files.at, files)
-    plain = pc.utf8_trim_whitespace(text)
+    plain = pc.utf8_trim_whitespace(content)
     cells = pc.if_else(pc.equal(plain, ""), None, plain).to_pylist()
     return _READERS[column.kind](column, cells, where)

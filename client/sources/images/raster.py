@@ -1,0 +1,42 @@
+"""PNG, JPEG and their like, by Pillow: nothing but pixels is taken (no EXIF, no text, no orientation)."""
+
+from __future__ import annotations
+
+import warnings
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from client.sources.images.problems import MOST_NUMBERS, SEVERAL_PICTURES, TOO_MANY_NUMBERS, Unfit
+from client.sources.images.shaping import Floats, channels_first
+
+# Only formats that Pillow decodes itself: EPS, for one, would start a program.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "PPM", "WEBP")
+_GREY = ("L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+# Once for the process, because `catch_warnings` is not safe among threads; what is damaged is told anyway.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def picture(content: bytes) -> Floats:
+    """Intensities as they are stored, float32 [1 or 3, height, width]; 16 bits of grey keep their range.
+
+    Raises:
+        Unfit: if it holds several pictures, or too many pixels.
+        Exception: whatever Pillow raises at damaged bytes.
+    """
+    try:
+        image = Image.open(BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise Unfit(TOO_MANY_NUMBERS) from None
+    with image:
+        if getattr(image, "n_frames", 1) != 1:
+            raise Unfit(SEVERAL_PICTURES)
+        if image.width * image.height * 3 > MOST_NUMBERS:
+            raise Unfit(TOO_MANY_NUMBERS)
+        if image.mode in _GREY:
+            pixels = np.asarray(image)
+        else:
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "LA", "La") else "RGB"))
+    return channels_first(pixels, 2)
