@@ -1,7 +1,8 @@
-"""Whole federations to measure: a table of 569 patients at four sites, and many small sites.
+"""Whole federations to measure: a table of 569 patients at four sites, images, and many small sites.
 
 The same work as other frameworks' measurements: an MLP 30-64-2, batches of 32, one local epoch a round,
-SGD with a rate of 0.1, every site in every round, the global model evaluated after each.
+SGD with a rate of 0.1, every site in every round, the global model evaluated after each. Images: a CNN of two
+convolutions on 28 x 28 pixels, batches of 64 at a rate of 0.05.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common.study import Study
 from simulations.benchmarks.workload import site_name
 
 WIDTH, HIDDEN, BATCH, LEARNING_RATE = 30, 64, 32, 0.1
+SIDE = 28  # pixels
 RANGE = 16  # of standardised values; a power of two, so that scaling by it rounds nothing
 ENDS = (0.4, 0.7, 0.9, 1.0)  # of each site among the 455 training patients
 TEST_FRACTION = 0.2
@@ -36,6 +38,7 @@ class Federation:
     """Attributes:
     sites: None for the four of the table, else so many small ones.
     patients: that train at each of the small sites.
+    images: of noise, with a brighter square where the label is yes, instead of tables.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Federation:
     private: bool = False
     sites: int | None = None
     patients: int = 100
+    images: bool = False
 
     def study(self) -> Study:
         """Private: at an ε that asks for about as much noise as the clipping norm."""
@@ -71,18 +75,27 @@ class Federation:
             "evaluation": {"every": 1},
             "privacy": {"mode": "none"},
         }
+        if self.images:
+            value["data"]["columns"] = [{"kind": "image", "name": "x", "size": [SIDE, SIDE]}]
+            value["model"] = {"name": "cnn", "parameters": {"channels": [16, 32]}}
+            value["training"] |= {
+                "optimizer": {"name": "sgd", "learning_rate": 0.05}, "patients_per_step": 64
+            }  # fmt: skip
         if self.private:
             value["privacy"] = {"mode": "patient-dp", "epsilon": 20.0, "delta": 1e-3, "clipping_norm": 1.0}
         return validated(Study, value, self.name, StudyError)
 
     def write(self, folder: Path) -> Path:
         """Write one folder a site; returns `folder`. The same values whenever it is called."""
-        for index, (train, test) in enumerate(_table() if self.sites is None else self._small(self.sites)):
+        parts = _table() if self.sites is None else self._small(self.sites)
+        for index, (train, test) in enumerate(parts):
             _write_site(folder / site_name(index), train, test)
         return folder
 
     def _small(self, sites: int) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
         random = np.random.default_rng(_SEED + 1)
+        if self.images:
+            return [(_images(random, self.patients), _images(random, TESTED // sites)) for _ in range(sites)]
         weights = random.normal(size=WIDTH)
 
         def drawn(count: int) -> pd.DataFrame:
@@ -117,16 +130,26 @@ def _frame(features: Floats, labels: Labels) -> pd.DataFrame:
     return frame
 
 
+def _images(random: np.random.Generator, count: int) -> pd.DataFrame:
+    """An image a row, as a column of arrays."""
+    labels = random.integers(0, 2, count)
+    pixels = random.normal(100, 40, (count, SIDE, SIDE))
+    pixels[labels == 1, 10:18, 10:18] += 60
+    return pd.DataFrame({"x": [*pixels.clip(0, 255).astype(np.uint8)], "y": labels})
+
+
 def _write_site(root: Path, train: pd.DataFrame, test: pd.DataFrame) -> None:
     root.mkdir(parents=True)
     table = pd.concat([train, test], ignore_index=True)
     table.insert(0, "patient_id", [f"p{i:06d}" for i in range(len(table))])
     table["part"] = ["train"] * len(train) + ["test"] * len(test)
+    data: dict[str, Any] = {"file": "patients.csv"}
+    if "x" in table:
+        np.savez(root / "images.npz", images=np.stack([*table["x"]]))
+        table["x"] = range(len(table))
+        data["files"] = {"x": {"at": "images.npz"}}
     table.to_csv(root / "patients.csv", index=False)
-    site = {
-        "site": {"name": root.name, "public_size": public_size(len(train))},
-        "data": {"file": "patients.csv"},
-    }
+    site = {"site": {"name": root.name, "public_size": public_size(len(train))}, "data": data}
     (root / "site.toml").write_bytes(tomli_w.dumps(site).encode())
 
 
@@ -143,6 +166,10 @@ FEDERATIONS = {
     for each in (
         Federation("w1a", "4 sites, 455 patients, MLP 30-64-2", rounds=50),
         Federation("w1b", "the same with patient-level DP", rounds=50, private=True),
+        Federation("w2a", "4 sites of 1,000 images, CNN", rounds=10, sites=4, patients=1000, images=True),
+        Federation(
+            "w2b", "the same with patient-level DP", 10, private=True, sites=4, patients=1000, images=True
+        ),
         Federation("w3a", "100 sites of 100 patients, MLP 30-64-2", rounds=10, sites=100),
     )
 }

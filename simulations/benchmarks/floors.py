@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from common.models import parameter_arrays, study_model
 from common.privacy.noise import Seeded
 from common.privacy.plan import StudyPlan, plan_study
 from common.study import Study
-from simulations.benchmarks.federations import BATCH, LEARNING_RATE
 from simulations.engine.sites import find_sites
 
 
@@ -47,6 +47,14 @@ class Floor:
     plans: tuple[StudyPlan, ...]
     orders: tuple[tuple[torch.Tensor, ...], ...]
     weights: tuple[float, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.study.training.patients_per_step or 1
+
+    @property
+    def rate(self) -> float:
+        return self.study.training.optimizer.learning_rate
 
 
 @dataclass(frozen=True)
@@ -143,9 +151,9 @@ def _plain(floor: Floor, network: nn.Module) -> Callable[[int], None]:
         states = []
         for patients, order in zip(floor.sites, floor.orders[number], strict=True):
             model = study_model_like(network)
-            optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+            optimizer = torch.optim.SGD(model.parameters(), lr=floor.rate)
             data = TensorDataset(patients.features, patients.labels)
-            loader = DataLoader(data, batch_size=BATCH, sampler=order.tolist())
+            loader = DataLoader(data, batch_size=floor.batch, sampler=order.tolist())
             model.train()
             _epoch(model, optimizer, loader)
             states.append(model.state_dict())
@@ -156,6 +164,8 @@ def _plain(floor: Floor, network: nn.Module) -> Callable[[int], None]:
 
 def study_model_like(network: nn.Module) -> nn.Module:
     """A model of its own with the same weights, as a tutorial makes one."""
+    if not all(isinstance(m, nn.Linear | nn.ReLU) for m in network.children()):
+        return deepcopy(network)
     layers = [nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else nn.ReLU()
               for m in network.children()]  # fmt: skip
     model = nn.Sequential(*layers)
@@ -176,12 +186,12 @@ def _tensor(floor: Floor, network: nn.Module) -> Callable[[int], None]:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, shared)
             features, labels = patients.features[order], patients.labels[order]
-            for first in range(0, len(order), BATCH):
-                chosen = slice(first, first + BATCH)
+            for first in range(0, len(order), floor.batch):
+                chosen = slice(first, first + floor.batch)
                 loss = functional.cross_entropy(model(features[chosen]), labels[chosen])
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
-                    torch._foreach_add_(parameters, gradients, alpha=-LEARNING_RATE)
+                    torch._foreach_add_(parameters, gradients, alpha=-floor.rate)
             with torch.no_grad():
                 torch._foreach_add_(total, parameters, alpha=weight)
         with torch.no_grad():
@@ -211,13 +221,13 @@ def _vmap(floor: Floor, network: nn.Module) -> Callable[[int], None]:
         parameters = {
             name: p.detach().expand(len(rows), *p.shape).clone() for name, p in network.named_parameters()
         }
-        for first in range(0, order.shape[1], BATCH):
-            chosen = order[:, first : first + BATCH]
+        for first in range(0, order.shape[1], floor.batch):
+            chosen = order[:, first : first + floor.batch]
             found = gradients(
-                parameters, features[rows, chosen], labels[rows, chosen], mask[:, first : first + BATCH]
+                parameters, features[rows, chosen], labels[rows, chosen], mask[:, first : first + floor.batch]
             )
             for name, p in parameters.items():
-                p.add_(found[name], alpha=-LEARNING_RATE)
+                p.add_(found[name], alpha=-floor.rate)
         with torch.no_grad():
             for name, p in network.named_parameters():
                 p.copy_(torch.tensordot(weights, parameters[name], dims=1))
@@ -235,8 +245,8 @@ def _numpy(floor: Floor, network: nn.Module) -> Callable[[int], None]:
     def one_round(number: int) -> None:
         order, mask = (each.numpy() for each in _padded(floor.orders[number]))
         w1, b1, w2, b2 = (np.repeat(p.detach().numpy()[None], len(rows), 0) for p in network.parameters())
-        for first in range(0, order.shape[1], BATCH):
-            chosen, m = order[:, first : first + BATCH], mask[:, first : first + BATCH]
+        for first in range(0, order.shape[1], floor.batch):
+            chosen, m = order[:, first : first + floor.batch], mask[:, first : first + floor.batch]
             x, y = features[rows, chosen], unit[labels[rows, chosen]]
             hidden = x @ w1.transpose(0, 2, 1) + b1[:, None]
             active = np.maximum(hidden, 0)
@@ -245,10 +255,10 @@ def _numpy(floor: Floor, network: nn.Module) -> Callable[[int], None]:
             out /= out.sum(2, keepdims=True)
             d2 = (out - y) * (m / np.maximum(m.sum(1, keepdims=True), 1))[..., None]
             d1 = (d2 @ w2) * (hidden > 0)
-            w2 -= LEARNING_RATE * (d2.transpose(0, 2, 1) @ active)
-            b2 -= LEARNING_RATE * d2.sum(1)
-            w1 -= LEARNING_RATE * (d1.transpose(0, 2, 1) @ x)
-            b1 -= LEARNING_RATE * d1.sum(1)
+            w2 -= floor.rate * (d2.transpose(0, 2, 1) @ active)
+            b2 -= floor.rate * d2.sum(1)
+            w1 -= floor.rate * (d1.transpose(0, 2, 1) @ x)
+            b1 -= floor.rate * d1.sum(1)
         with torch.no_grad():
             for p, found in zip(network.parameters(), (w1, b1, w2, b2), strict=True):
                 p.copy_(torch.from_numpy(np.tensordot(weights, found, 1)))
@@ -280,8 +290,8 @@ def _opacus(floor: Floor, network: nn.Module) -> Callable[[int], None]:
             data = TensorDataset(patients.features, patients.labels)
             wrapped, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
                 module=(model := study_model_like(network).train()),
-                optimizer=torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
-                data_loader=DataLoader(data, batch_size=BATCH),
+                optimizer=torch.optim.SGD(model.parameters(), lr=floor.rate),
+                data_loader=DataLoader(data, batch_size=floor.batch),
                 noise_multiplier=plan.step.noise_multiplier,
                 max_grad_norm=plan.step.clipping_norm or 0.0,
             )
@@ -302,7 +312,7 @@ def _opacus_kept(floor: Floor, network: nn.Module) -> Callable[[int], None]:
     shared: list[torch.Tensor] = list(network.parameters())
     optimizers = [
         DPOptimizer(
-            torch.optim.SGD(parameters, lr=LEARNING_RATE),
+            torch.optim.SGD(parameters, lr=floor.rate),
             noise_multiplier=plan.step.noise_multiplier,
             max_grad_norm=plan.step.clipping_norm or 0.0,
             expected_batch_size=max(1, int(plan.step.divisor)),
@@ -340,4 +350,5 @@ FLOORS: dict[str, Callable[[Floor, nn.Module], Callable[[int], None]]] = {
     "Opacus, wrapped once": _opacus_kept,
 }
 PUBLIC = ("plain loop", "tensors, no DataLoader", "vmap over sites", "numpy, by hand")
+IMAGES = PUBLIC[:2]  # the others know an MLP only
 PRIVATE = ("Opacus, an engine a round", "Opacus, wrapped once")

@@ -61,12 +61,13 @@ def compare_rounds(
 
 
 def _compare(federation: Federation, work: Path, repeats: int, ray: bool) -> Comparison:
-    from simulations.benchmarks.floors import PRIVATE, PUBLIC
+    from simulations.benchmarks.floors import IMAGES, PRIVATE, PUBLIC
 
     sites = federation.write(work / federation.name / "sites")
     study = work / federation.name / "study.json"
     write_atomic(study, federation.study().canonical, mode=0o644)
-    ways = [*(PRIVATE if federation.private else PUBLIC), FEDWARD, *([RAY] if ray else [])]
+    bare = PRIVATE if federation.private else IMAGES if federation.images else PUBLIC
+    ways = [*bare, FEDWARD, *([RAY] if ray else [])]
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     commands = []
     for repeat in range(repeats):
