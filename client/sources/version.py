@@ -9,12 +9,17 @@ LISTED = (".json", ".ndjson")  # what is read of a folder of FHIR resources
 
 
 def data_version(folder: SiteFolder) -> object:
-    """Of a file its signature; of SQLite also its write-ahead log's and the query's; of a folder those of
-    the files in it that are read.
+    """Signatures of the table and of the files or folders that its cells name.
 
-    Whether a server's rows have changed nobody can tell without reading them: they count as the same, so
-    that a vault keeps what it read.
+    Of SQLite also that of its write-ahead log and of the query; of a folder of resources those of the files
+    in it that are read. Whether a server's rows have changed nobody can tell without reading them: they
+    count as the same, so that a vault keeps what it read.
     """
+    named = sorted({each.at for each in folder.file.data.files.values()})
+    return _table_version(folder), tuple(signature(folder.root / each) for each in named)
+
+
+def _table_version(folder: SiteFolder) -> object:
     source, path = folder.file.data, folder.data_path
     if source.sql is not None:
         query = signature(folder.root / source.query_file) if source.query_file else None

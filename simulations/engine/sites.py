@@ -185,8 +185,22 @@ def site_index(node_config: Mapping[str, object]) -> int:
     return int(str(node_config[SITE_KEY]))
 
 
-def warm_capacity(places: tuple[SitePlace, ...], workers: int, memory_bytes: int) -> int:
-    """How many sites may stay in memory: all, if their data fits; else one for each worker."""
-    paths = [place.folder().data_path for place in places]
-    size = sum(path.stat().st_size for path in paths if path.exists())
-    return len(places) if size * DATA_GROWTH <= memory_bytes else workers
+def warm_capacity(study: Study, places: tuple[SitePlace, ...], workers: int, memory_bytes: int) -> int:
+    """How many sites may stay in memory: all, if their data fits; else one for each worker.
+
+    A table takes a multiple of its bytes on disk; images and series, which may be compressed, what a record
+    of so many features for each declared patient does.
+    """
+    wide = sum(column.width for column in study.data.wide)
+    size = 0
+    for place in places:
+        folder = place.folder()
+        size += DATA_GROWTH * _bytes_on_disk(folder.data_path)
+        size += 2 * 4 * wide * folder.file.site.public_size  # float32, and once more while it is sorted
+    return len(places) if size <= memory_bytes else workers
+
+
+def _bytes_on_disk(path: Path) -> int:
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.iterdir() if each.is_file())
+    return path.stat().st_size if path.exists() else 0
