@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from client.rowwise import TILE, VECTOR, product
 from client.taps.losses import output_gradients
+from common.objectives import blank_labels
 from common.study import Objective
 
 log = logging.getLogger("fedward.training")
@@ -256,10 +257,9 @@ class Chain:
                 shadow.layers.append(step)
             shadow.steps.append(step)
         record = torch.randn(shadow.layers[0].in_features, generator=random).to(device)
-        kind = torch.float32 if objective.task == "regression" else torch.int64
 
         def taps(count: int, layers: EachTile | _Own) -> Iterator[torch.Tensor]:
-            labels = torch.zeros(count, dtype=kind, device=device)
+            labels = blank_labels(objective, count, device)
             weights = torch.ones(count, device=device)
             found = shadow.tapped(objective, record.repeat(count, 1), labels, weights, layers)
             for _, x, g in found[:-1]:

@@ -47,7 +47,7 @@ class Patients:
 
     Attributes:
         features: float32 [records, width].
-        labels: int64 [records], index of the class; in regression float32 [records], scaled to [-1, 1].
+        labels: [records] or [records, …], see common/encoding.
         offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
         hashes: each patient's keyed hash, by which a withdrawn one is found; None where nobody can be.
         groups: int64 [records, columns of `Study.subgroup_columns`] (common/encoding); None without subgroups.
@@ -264,8 +264,13 @@ def _grouped(
     found, starts, counts = np.unique(ranks[order], return_index=True, return_counts=True)
     for start, count in zip(starts[counts > 1], counts[counts > 1], strict=True):
         block = order[start : start + count]
+        alone = encoded.labels.ndim == 1
         content = [
-            (encoded.features[i].tobytes(), encoded.labels[i].item(), encoded.groups[i].tobytes())
+            (
+                encoded.features[i].tobytes(),
+                encoded.labels[i].item() if alone else encoded.labels[i].tobytes(),
+                encoded.groups[i].tobytes(),
+            )
             for i in block
         ]
         order[start : start + count] = block[sorted(range(count), key=content.__getitem__)]

@@ -43,6 +43,8 @@ def not_linear(network: nn.Module, objective: Objective) -> str | None:
         return "it isn't on the CPU"
     if not layer.weight.requires_grad or (layer.bias is not None and not layer.bias.requires_grad):
         return "something of it is frozen"
+    if objective.task in ("multi-label", "survival") or objective.loss == "quantile":
+        return f"labels or outputs of {objective.task}"
     if objective.task == "multi-class" and objective.loss == "hinge":
         return "the multi-class hinge loss"
     if objective.task != "multi-class" and layer.out_features != 1:

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, Field
 
 from common.errors import NotApproved, PolicyForbids, Refused, SiteError
-from common.fields import Positive
+from common.fields import Digest, Positive
 from common.files import Strict, canonical_json, validated
-from common.messages import Digest
 from common.privacy.filter import PrivacyFilter, privacy_filter
 from common.privacy.plan import Limits, StudyPlan
 from common.study import Study

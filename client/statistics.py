@@ -45,10 +45,12 @@ def patient_sums(study: Study, coded: Coded, patients: Indices) -> dict[str, Arr
     count = len(ids)
     sums, histograms, codes, missing = [], [], [], []
     for i, column in enumerate(described_columns(study)):
-        values = coded.labels if i == len(study.data.tabular) else coded.columns[column.name]
+        own = i - len(study.data.tabular)
+        labels = coded.labels.reshape(len(coded.labels), -1)
+        values = labels[:, own] if own >= 0 else coded.columns[column.name]
         if isinstance(column, NumericColumn):
-            own, histogram, present = _numbers(values, column, bins, who, count)
-            sums.append(own)
+            moments, histogram, present = _numbers(values, column, bins, who, count)
+            sums.append(moments)
             histograms.append(histogram)
         else:
             shares, present = _shares(values, len(column.codes), who, count)

@@ -127,6 +127,33 @@ def operating(h: Array, below: int) -> tuple[Array, Array, Array]:
     )
 
 
+def precision(h: Array, below: int) -> Array:
+    """Share of positives among those who score in the columns from `below` on."""
+    found = h[..., 1, below:].sum(axis=-1)
+    return ratio(found, found + h[..., 0, below:].sum(axis=-1))
+
+
+def best_of_both(h: Array) -> Array:
+    """The largest, over the columns' lower edges as thresholds, of the least of sensitivity and precision."""
+    falling = np.cumsum(h[..., ::-1], axis=-1)
+    positives = h[..., 1, :].sum(axis=-1)
+    found, called = falling[..., 1, :], falling.sum(axis=-2)
+    both = np.minimum(ratio(found, positives[..., None]), ratio(found, called))
+    best = np.max(np.nan_to_num(both, nan=-np.inf), axis=-1)
+    return np.where(np.isfinite(best) & (positives > 0), best, np.nan)
+
+
+def sensitivity_at(h: Array, specificity: float) -> Array:
+    """Sensitivity where specificity is so much, on the ROC curve with straight lines between its points, as
+    `quantile` finds them."""
+    negatives, positives = h[..., 0, ::-1], h[..., 1, ::-1]
+    place = quantile(negatives, 1.0 - specificity) * negatives.shape[-1]
+    cells = np.arange(negatives.shape[-1])
+    inside = (np.nan_to_num(place, nan=0.0)[..., None] - cells).clip(0.0, 1.0)
+    found = ratio((positives * inside).sum(axis=-1), positives.sum(axis=-1))
+    return np.where(np.isnan(place), np.nan, found)
+
+
 def calibration_line(h: Array, middles: Array) -> tuple[Array, Array]:
     """Intercept and slope of logit P(label 1) = intercept + slope · logit(score) (Cox 1958); 0 and 1 in a
     calibrated model. Maximum likelihood by Newton's method.

@@ -12,6 +12,7 @@ from common.errors import Refused
 from common.features import missing_rule, ordered_codes
 from common.schema import Coded, Floats, examine
 from common.study import Study
+from common.survival import time_positions
 from common.table import Positions, Table, refuse
 
 LARGEST_SCALED = 5.0  # deviations
@@ -24,7 +25,8 @@ class Encoded:
     Attributes:
         features: float32 [records, width], width = feature_count(study).
         labels: int64 [records], index of the label's class; of a number float32 [records], its range
-            scaled to [-1, 1].
+            scaled to [-1, 1]; of several labels float32 [records, labels], NaN where not known; of a time
+            until an event float32 [records, 2], see `common.survival.time_positions`.
         kept: int64 [records], positions in the table; those with an `exclude`d missing value are absent.
         groups: int64 [records, columns of `Study.subgroup_columns`], see `subgroup_indices`.
     """
@@ -114,11 +116,14 @@ def encode_coded(coded: Coded, study: Study, scaling: Scaling | None = None) -> 
 
 
 def _encoded_labels(labels: Floats, study: Study) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:
-    number = study.data.label.number
-    if number is None:
+    label = study.data.label
+    if label.kind == "survival":
+        return time_positions(labels[:, 0], labels[:, 1], label.edges)
+    if label.kind == "several":
+        return labels.astype(np.float32)
+    if label.range is None:
         return labels.astype(np.int64)
-    low, high = number.range
-    scaled = (labels - low) * (2.0 / (high - low)) - 1.0
+    scaled = label.scaled(labels)
     return scaled.clip(-1.0, 1.0).astype(np.float32)  # rounding only: a value outside is a violation
 
 

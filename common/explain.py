@@ -27,11 +27,17 @@ def explain(study: Study, parameters: int) -> Explanation:
     data, training = study.data, study.training
     number = data.label.number
     learnt = " / ".join(c.name for c in data.label.classes)
+    if data.label.kind == "several":
+        learnt = f"{len(data.label.columns)} labels, each yes or no"
+    if data.label.kind == "survival":
+        learnt = f"time until the event, {len(data.label.edges) - 1} intervals to {data.label.edges[-1]:g}"
+        learnt += f" {data.label.unit}"
     if number is not None:
         learnt = f"a number, {number.range[0]:g} to {number.range[1]:g} {number.unit}"
     rule = {
         "refuse": "is an error",
         "indicator": "is replaced by a public default and flagged",
+        "default": "is replaced by a public default",
         "exclude": "leaves its record out",
     }[data.missing]
     split = (
@@ -42,7 +48,9 @@ def explain(study: Study, parameters: int) -> Explanation:
     steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} epochs"
     lines = [
         f"Study {study.name} ({study.title}), digest {study.digest[:12]}.",
-        f"Learns: {data.label.column} ({learnt}), with {study.model.name}, {parameters:,} numbers.",
+        f"Learns: {', '.join(data.label.sources[:10])} ({learnt}), with {study.model.name}, {parameters:,} "
+        f"numbers.",
+        *_beginning(study),
         f"From: {_columns(study)}.",
         f"A missing value {rule}, unless its column says otherwise.",
         f"Patients are split {split}.",
@@ -50,6 +58,17 @@ def explain(study: Study, parameters: int) -> Explanation:
         f"combined by {study.algorithm.name}.",
     ]
     return Explanation((*lines, *_privacy(study)))
+
+
+def _beginning(study: Study) -> list[str]:
+    named, frozen = study.model.initial_weights, study.model.frozen
+    lines = []
+    if named is not None:
+        told = f"{named.label}, " if named.label else ""
+        lines.append(f"Begins with weights of a file: {told}SHA-256 {named.sha256}.")
+    if frozen:
+        lines.append(f"Of these stay as they begin: {', '.join(frozen)}.")
+    return lines
 
 
 def _columns(study: Study) -> str:
@@ -74,7 +93,7 @@ def _privacy(study: Study) -> list[str]:
             "Privacy: NONE. The update of every round leaves as it is, and the metrics are exact.",
             "A deployed site refuses this, unless its policy says that its cohort is public anyway.",
         ]
-    of = "errors" if study.data.label.number else "scores"
+    of = {"number": "errors", "survival": "risks by time"}.get(study.data.label.kind, "scores")
     groups = [column.name for column in study.subgroup_columns]
     by = f", also by {' and '.join(groups)}" if groups else ""
     lines = [

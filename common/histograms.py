@@ -6,12 +6,13 @@ at most 1 (the sensitivity that noise is scaled to). Sums of sites give those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from common import survival
 from common.cells import Cells, stacked
 from common.features import ordered_codes
 from common.messages import Array, Arrays
@@ -48,8 +49,9 @@ def histograms(
     """Sums to release. What a patient adds to them at most: `common.privacy.plan.histogram_sensitivity`.
 
     Args:
-        scores: float32 [records], or [records, classes]; in [0, 1]. Regression: predictions in [-1, 1].
-        labels: int64 [records]; regression: float32 [records] in [-1, 1].
+        scores: of `common.objectives.scores`: float32 [records], or [records, classes]; in [0, 1].
+            Regression: predictions in [-1, 1].
+        labels: of the records, as common/encoding makes them.
         weights: float64 [records]; a patient's sum to 1.
         bins: number of equal score intervals; regression: of error intervals over the width of the
             label's range to either side. As `Packed`: the same sums, but packed (common/cells).
@@ -57,9 +59,12 @@ def histograms(
 
     Returns:
         Binary: `scores` [2 labels, bins]. Multi-class: `confidence` [2 wrong/right, bins] of the
-        predicted class, and `classes` [classes, 2 others/own, bins]. Regression: `errors` [bins], and
-        `moments` [3], sums over patients of u, u² and 4 (|u| - u²) where u = error / width, so that mean
-        errors don't suffer from bins. For a subgroup column `sex` the same again as `sex/scores` …, with
+        predicted class, and `classes` [classes, 2 others/own, bins]. Multi-label: `labels` [labels, 2 no/yes,
+        bins], of the records with that label. Regression: `errors` [bins], and `moments` [3], sums over
+        patients of u, u² and 4 (|u| - u²) where u = error / width, so that mean errors don't suffer from
+        bins; of two quantiles or more `interval` [2], sums of 1 if the label is within the outermost two,
+        and of their distance / width. Survival: see `common.survival.risk_sums`.
+        For a subgroup column `sex` the same again as `sex/scores` …, with
         one more axis in front: a group a code (see `ordered_codes`), and the missing. All float64.
 
     Raises:
@@ -96,7 +101,7 @@ def histograms_apart(
         counts: records of each site.
     """
     owners = np.repeat(np.arange(len(counts)), counts)
-    if study.objective.task == "regression" or not len(owners):
+    if study.objective.task not in ("binary", "multi-class") or not len(owners):
         ends = np.cumsum(counts)[:-1]
         apart = (np.split(each, ends) for each in (scores, labels, weights))
         return [_finished(_sums(study, s, y, w, bins), bins) for s, y, w in zip(*apart, strict=True)]
@@ -116,7 +121,20 @@ def _sums(study: Study, scores: Array, labels: Array, weights: Array, bins: int)
     if study.objective.task == "binary":
         return {"scores": _binned(scores, labels, weights, bins)}
     if study.objective.task == "regression":
-        return _errors(scores, labels, weights, bins)
+        # As for scores: a prediction that is no number counts as the middle of the range.
+        known = np.nan_to_num(scores.astype(np.float64), nan=0.0).clip(-1.0, 1.0)
+        true = labels.astype(np.float64).clip(-1.0, 1.0)
+        linear = study.data.label.untransformed
+        known, true = linear(known).clip(-1.0, 1.0), linear(true).clip(-1.0, 1.0)
+        quantiles = study.objective.quantiles
+        if not quantiles:
+            return _errors(known, true, weights, bins)
+        found = _errors(known[:, predicted_quantile(quantiles)], true, weights, bins)
+        return found | (_interval(known, true, weights) if len(quantiles) > 1 else {})
+    if study.objective.task == "survival":
+        return survival.risk_sums(study, scores, labels, weights, bins)
+    if study.objective.task == "multi-label":
+        return {"labels": _several(scores, labels, weights, bins)}
     predicted, count, bins = scores.argmax(axis=1), scores.shape[1], int(bins)
     classes = np.arange(count)[:, None]
     index = (2 * classes + (labels == classes)) * bins + _bins_of(scores.T, bins)
@@ -131,6 +149,15 @@ def _binned(scores: Array, labels: Array, weights: Array, bins: int) -> Cells:
     return Cells((2, bins), labels.astype(np.int64) * bins + _bins_of(scores, bins), weights)
 
 
+def _several(scores: Array, labels: Array, weights: Array, bins: int) -> Cells:
+    record, label = np.nonzero(~np.isnan(labels))
+    bins = int(bins)
+    row = 2 * label + labels[record, label].astype(np.int64)
+    return Cells(
+        (labels.shape[1], 2, bins), row * bins + _bins_of(scores[record, label], bins), weights[record]
+    )
+
+
 def _bins_of(scores: Array, bins: int) -> npt.NDArray[np.int64]:
     # A score that is no number counts as 0: an error would tell that such a patient is here.
     scaled = scores.astype(np.float64)
@@ -139,9 +166,7 @@ def _bins_of(scores: Array, bins: int) -> npt.NDArray[np.int64]:
 
 
 def _errors(predictions: Array, labels: Array, weights: Array, bins: int) -> dict[str, Cells]:
-    # As for scores: a prediction that is no number counts as the middle of the range.
-    known = np.nan_to_num(predictions.astype(np.float64), nan=0.0).clip(-1.0, 1.0)
-    error = (known - labels.astype(np.float64).clip(-1.0, 1.0)) / 2
+    error = (predictions - labels) / 2
     index = ((error + 1) / 2 * int(bins)).astype(np.int64).clip(0, bins - 1)
     moments = [error, error**2, 4 * (np.abs(error) - error**2)]
     summed = np.array([(weights * moment).sum() for moment in moments])
@@ -149,6 +174,19 @@ def _errors(predictions: Array, labels: Array, weights: Array, bins: int) -> dic
         "errors": Cells((int(bins),), index, weights),
         "moments": Cells((MOMENTS,), np.arange(MOMENTS), summed),
     }
+
+
+def predicted_quantile(quantiles: Sequence[float]) -> int:
+    """Which of the quantiles is the prediction: the one nearest to 0.5, of two the lower one."""
+    return int(np.argmin(np.abs(np.asarray(quantiles) - 0.5)))
+
+
+def _interval(known: Array, labels: Array, weights: Array) -> dict[str, Cells]:
+    """Where quantiles cross, the interval is empty, of no width."""
+    low, high = known[:, 0], known[:, -1]
+    inside = (low <= labels) & (labels <= high)
+    told = [inside.astype(np.float64), np.maximum(0.0, high - low) / 2]
+    return {"interval": Cells((2,), np.arange(2), np.array([(weights * each).sum() for each in told]))}
 
 
 def _subgroup_bins(bins: int) -> int:
@@ -162,8 +200,13 @@ def histogram_shapes(study: Study, bins: int) -> dict[str, tuple[int, ...]]:
     def whole(bins: int) -> dict[str, tuple[int, ...]]:
         if study.objective.task == "binary":
             return {"scores": (2, bins)}
+        if study.objective.task == "survival":
+            return survival.sum_shapes(study, bins)
+        if study.objective.task == "multi-label":
+            return {"labels": (study.outputs, 2, bins)}
         if study.objective.task == "regression":
-            return {"errors": (bins,), "moments": (MOMENTS,)}
+            shapes: dict[str, tuple[int, ...]] = {"errors": (bins,), "moments": (MOMENTS,)}
+            return shapes | ({"interval": (2,)} if len(study.objective.quantiles) > 1 else {})
         return {"confidence": (2, bins), "classes": (study.outputs, 2, bins)}
 
     shapes = whole(bins)
@@ -176,6 +219,14 @@ def histogram_shapes(study: Study, bins: int) -> dict[str, tuple[int, ...]]:
 def merged(parts: list[Arrays]) -> dict[str, Array]:
     """The histograms of all patients of several sites."""
     return {name: np.sum([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
+def cells_of_patients(sums: Arrays) -> float:
+    """The variance of the number of patients, in that of a cell's noise: it is the sum of so many cells, or
+    with several labels the mean of such sums."""
+    if "labels" in sums:
+        return float(sums["labels"].size / sums["labels"].shape[0] ** 2)
+    return float(next(sums[n].size for n in ("scores", "confidence", "errors", "risks") if n in sums))
 
 
 def overall(sums: Arrays) -> dict[str, Array]:

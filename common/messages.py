@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.errors import MessageError
-from common.fields import Slug
+from common.fields import Digest, Slug
 from common.files import Strict, canonical_json
 from common.privacy.mechanism import Event
 
@@ -35,7 +35,6 @@ _RELEASED = b"released"
 _NAMES = {np.dtype(np.int64): "I64", np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
 _RANKS = {kind: rank for rank, kind in enumerate(_NAMES)}  # the library lays out the widest first
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-z][0-9a-z-]{0,63}$")]
 RoundNumber = Annotated[int, Field(ge=0, le=1_000_000)]
 STATISTICS_ROUND = 0

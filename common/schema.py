@@ -19,7 +19,7 @@ import pandera.pandas as pandera
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.dictionary import NumericColumn
+from common.dictionary import Label, NumericColumn
 from common.errors import DataError, StudyError
 from common.features import WHOLE, missing_rule, normal_code, ordered_codes
 from common.modalities import Wide
@@ -38,7 +38,9 @@ _SCHEMAS_KEPT = 32
 @dataclass(frozen=True)
 class Coded:
     """Decoded columns, float64 [records] or [records, repeat] each; NaN = missing. Labels float64 [records]:
-    the index of the class, or the number. Wide columns, float32 [records, width], as `Decoded.values`."""
+    the index of the class, or the number; [records, labels] where there are several, 1 = yes, NaN = not
+    known; [records, 2] of a time until an event: the time, and 1 if the event was seen. Wide columns,
+    float32 [records, width], as `Decoded.values`."""
 
     columns: Mapping[str, Floats]
     labels: Floats
@@ -108,30 +110,41 @@ def examine(table: Table, study: Study) -> tuple[Coded, list[Violation]]:
             text = pc.utf8_trim_whitespace(table.columns[column.name])
             missing = missing_text(text, column.missing_codes)
             coded[column.name] = _decode_codes(text, missing, dictionary.codes[column.name])
-    label = study.data.label.column
-    number = study.data.label.number
-    if number is None:
-        text = pc.utf8_trim_whitespace(table.columns[label])
-        labels = _decode_codes(text, missing_text(text), dictionary.codes[label])
-    else:
-        labels = _decode_numeric(table, number, violations)
-
+    found = _decode_label(table, study.data.label, dictionary.codes, violations)
+    label = study.data.label.sources
     alone = {c.name: coded[c.name] for c in study.data.tabular if c.name not in dictionary.repeated}
-    violations += _violations(dictionary.schema, {**alone, label: labels}, table, {}, label)
+    violations += _violations(dictionary.schema, {**alone, **found}, table, {}, label)
     for name, schema in dictionary.repeated.items():
         block = coded[name]
         sources = next(c.sources for c in study.data.tabular if c.name == name)
         violations += _violations(schema, {name: block.T.reshape(-1)}, table, {name: sources}, label)
     order = {s: i for i, s in enumerate(s for c in study.data.columns for s in c.sources)}
     violations.sort(key=lambda v: order.get(v.column, len(order)))
+    values = list(found.values())
+    labels = values[0] if study.data.label.kind in ("class", "number") else np.stack(values, axis=1)
     return Coded(coded, labels, wide), violations
+
+
+def _decode_label(
+    table: Table, label: Label, codes: Mapping[str, Mapping[str, int]], violations: list[Violation]
+) -> dict[str, Floats]:
+    """Each of the label's sources, float64 [records]."""
+    found: dict[str, Floats] = {}
+    for number in (label.number, label.time):
+        if number is not None:
+            found[number.name] = _decode_numeric(table, number, violations)
+    absent = {each.name: each.missing_codes for each in label.columns}
+    for name in label.codes:
+        text = pc.utf8_trim_whitespace(table.columns[name])
+        found[name] = _decode_codes(text, missing_text(text, absent.get(name, ())), codes[name])
+    return found
 
 
 def needed_columns(study: Study) -> tuple[str, ...]:
     """Every name that a table must offer: patient key, label, split column and the dictionary's sources."""
     data = study.data
     split = (data.split.column,) if data.split.column else ()
-    return (data.patient_key, data.label.column, *split, *(s for c in data.columns for s in c.sources))
+    return (data.patient_key, *data.label.sources, *split, *(s for c in data.columns for s in c.sources))
 
 
 def require_columns(table: Table, study: Study) -> None:
@@ -202,7 +215,11 @@ def _mask(array: Any) -> Mask:
 
 
 def _violations(
-    schema: Any, coded: Mapping[str, Floats], table: Table, sources: Mapping[str, Sequence[str]], label: str
+    schema: Any,
+    coded: Mapping[str, Floats],
+    table: Table,
+    sources: Mapping[str, Sequence[str]],
+    label: Sequence[str],
 ) -> list[Violation]:
     """What pandera finds; a long column's cells are traced back to their source and record."""
     try:
@@ -216,7 +233,7 @@ def _violations(
         cells = np.sort(group["index"].to_numpy(dtype=np.int64))
         problem = str(check)
         if check == "not_nullable":
-            problem = "missing; every record needs a label" if name == label else _MISSING
+            problem = "missing; every record needs a label" if name in label else _MISSING
         names = sources.get(str(name), (str(name),))
         for s in np.unique(cells // table.records):
             chosen = cells[cells // table.records == s] % table.records
@@ -251,12 +268,13 @@ def _compile(study: Study) -> _Dictionary:
             schema = pandera.Column(float, _code_check("unknown code"), nullable=nullable)
         alone[column.name] = schema
     label = study.data.label
-    if label.number is None:
-        classes = [(code, i) for i, each in enumerate(label.classes) for code in each.codes]
-        codes[label.column] = _indices(classes, label.column, study)
-        alone[label.column] = pandera.Column(float, _code_check("unknown label code"), nullable=False)
-    else:
-        alone[label.column] = pandera.Column(float, _numeric_checks(label.number), nullable=False)
+    for name, pairs in label.codes.items():
+        codes[name] = _indices(pairs, name, study)
+        may_lack = label.kind == "several"
+        alone[name] = pandera.Column(float, _code_check("unknown label code"), nullable=may_lack)
+    for number in (label.number, label.time):
+        if number is not None:
+            alone[number.name] = pandera.Column(float, _numeric_checks(number), nullable=False)
     return _Dictionary(pandera.DataFrameSchema(alone), repeated, codes)
 
 

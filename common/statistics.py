@@ -119,7 +119,8 @@ def layout(study: Study) -> dict[str, tuple[int, ...]]:
     patient's unit is shared equally by its records with a known code.
     `missing` [columns that may be missing]: patients without any value in the column.
     `label` [classes]: patients by class, shared likewise; no record may lack it. A label that is a number
-    is the last of the numeric columns instead.
+    is the last of the numeric columns instead; several labels, and the time and event of a survival study,
+    are columns too, the last ones.
 
     The number of patients has no cell of its own: every column's cells add up to it.
 
@@ -129,22 +130,23 @@ def layout(study: Study) -> dict[str, tuple[int, ...]]:
     return {
         "sums": (len(numeric_columns(study)), 2),
         "histograms": (len(numeric_columns(study)), asked(study).bins),
-        "codes": (sum(len(c.codes) for c in study.data.tabular if isinstance(c, CategoricalColumn)),),
-        "missing": (sum(may_be_missing(study, c) for c in study.data.tabular),),
+        "codes": (sum(len(c.codes) for c in described_columns(study) if isinstance(c, CategoricalColumn)),),
+        "missing": (sum(may_be_missing(study, c) for c in described_columns(study)),),
         "label": (len(study.data.label.classes),),
     }
 
 
 def sensitivity(study: Study) -> float:
     """Largest L2 norm of what one patient adds to the vector, reached: √(2 numeric + categorical), where the
-    label counts as one or the other.
+    label counts as one or the other, or as several.
 
     In a column a patient adds one unit to one cell or shares it among several: at most 1 to the squared
     norm. In a numeric column that it has, it also adds s and 1 - u. As s² <= u <= 1
     (Jensen), s² + (1 - u)² <= s² + (1 - s²)² = 1 - s² (1 - s²) <= 1, reached at s = 0 and ±1. With u
     in place of 1 - u it would be 2, with u - 1/2 it would be 5/4.
     """
-    return math.sqrt(len(study.data.tabular) + 1 + len(numeric_columns(study)))
+    columns = len(described_columns(study)) + bool(study.data.label.classes)
+    return math.sqrt(columns + len(numeric_columns(study)))
 
 
 def asked(study: Study) -> Statistics:
@@ -160,9 +162,8 @@ def asked(study: Study) -> Statistics:
 
 
 def described_columns(study: Study) -> tuple[Tabular, ...]:
-    """The dictionary's numbers and codes, and the label last if it is a number."""
-    number = study.data.label.number
-    return (*study.data.tabular, *([] if number is None else [number]))
+    """The dictionary's numbers and codes, and the label last unless it is one of several classes."""
+    return (*study.data.tabular, *study.data.label.described)
 
 
 def numeric_columns(study: Study) -> tuple[NumericColumn, ...]:
@@ -220,11 +221,12 @@ def describe(study: Study, sums: Arrays, noise_sds: Sequence[float], minimum_pat
     columns: list[Summary] = []
     for column, count in zip(described_columns(study), counts, strict=False):
         if isinstance(column, NumericColumn):
-            kind = "label" if len(columns) == len(study.data.tabular) else "numeric"
+            kind = "label" if len(columns) >= len(study.data.tabular) else "numeric"
             columns.append(_numeric(column, kind, count, next(spreads), minimum_patients))
         else:
             names = [(code, column.codes[code]) for code in ordered_codes(column)]
-            columns.append(_categorical(column.name, "categorical", names, count, minimum_patients))
+            kind = "label" if len(columns) >= len(study.data.tabular) else "categorical"
+            columns.append(_categorical(column.name, kind, names, count, minimum_patients))
     if label.classes:
         names = [(c.name, "") for c in label.classes]
         columns.append(_categorical(label.column, "label", names, counts[-1], minimum_patients))

@@ -19,41 +19,84 @@ from pydantic import Field, model_validator
 
 from common.dictionary import CategoricalColumn, Data, NumericColumn
 from common.errors import StudyError
-from common.fields import Finite, Fraction, Name, Positive, Slug
+from common.fields import Digest, Finite, Fraction, Name, Positive, Slug
 from common.files import Strict, canonical_json, parse_config, read_bounded, validated
 
 MOST_GROUPS = 32
 
 
+class InitialWeights(Strict):
+    """What training begins with, instead of weights drawn at random. The study names a safetensors file by
+    its digest; the coordinator has the file (common/models/initial).
+
+    Attributes:
+        sha256: of the file.
+        label: what it holds and where it comes from, for people.
+        strict: the file's names and shapes are those of the model, all of them. If not, what it lacks, or
+            has in another shape, begins at random (a head for other classes), and what is too much is left.
+    """
+
+    sha256: Digest
+    label: Annotated[str, Field(max_length=500)] = ""
+    strict: bool = True
+
+
 class Model(Strict):
-    """A registered model and its own parameters (common/models says which)."""
+    """A registered model and its own parameters (common/models says which).
+
+    Attributes:
+        frozen: parameters that stay as they begin: all whose name is one of these, or goes on from it after
+            a dot (`stem`, `stages.0`). They are neither clipped nor noised.
+    """
 
     name: Slug
     parameters: dict[str, Any] = Field(default_factory=dict)
+    initial_weights: InitialWeights | None = None
+    frozen: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=1024)] = ()
+
+    def freezes(self, parameter: str) -> bool:
+        """Whether the study says that this parameter stays as it is."""
+        return any(parameter == name or parameter.startswith(f"{name}.") for name in self.frozen)
+
+
+LOSSES = {
+    "binary": ("cross-entropy", "hinge"),
+    "multi-class": ("cross-entropy", "hinge"),
+    "multi-label": ("cross-entropy",),
+    "regression": ("squared", "absolute", "quantile"),
+    "survival": ("hazard",),
+}
 
 
 class Objective(Strict):
     """What the model is trained for.
 
     Attributes:
-        loss: of one record (common/objectives). Where absent: `cross-entropy`; in regression `squared`.
+        loss: of one record (common/objectives). Where absent, the first that the task takes.
+        quantiles: that the loss `quantile` learns, rising, one output each; the one nearest to 0.5 is the
+            prediction, the outermost two are an interval.
     """
 
-    task: Literal["binary", "multi-class", "regression"]
-    loss: Literal["cross-entropy", "hinge", "squared", "absolute"] = "cross-entropy"
+    task: Literal["binary", "multi-class", "multi-label", "regression", "survival"]
+    loss: Literal["cross-entropy", "hinge", "squared", "absolute", "quantile", "hazard"] = "cross-entropy"
+    quantiles: Annotated[tuple[Fraction, ...], Field(max_length=32)] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _usual_loss(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("task") == "regression":
-            return {"loss": "squared", **value}
+        if isinstance(value, dict) and str(value.get("task")) in LOSSES:
+            return {"loss": LOSSES[str(value["task"])][0], **value}
         return value
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Self:
-        fitting = ("squared", "absolute") if self.task == "regression" else ("cross-entropy", "hinge")
+        fitting = LOSSES[self.task]
         if self.loss not in fitting:
             raise ValueError(f"objective: {self.task} takes the loss {' or '.join(fitting)}, not {self.loss}")
+        if (self.loss == "quantile") != bool(self.quantiles):
+            raise ValueError('objective: give quantiles with the loss "quantile", and only then')
+        if any(a >= b for a, b in pairwise(self.quantiles)):
+            raise ValueError(f"objective: quantiles must rise, got {list(self.quantiles)}")
         return self
 
 
@@ -155,7 +198,9 @@ class Evaluation(Strict):
     Attributes:
         every: evaluate the global model every so many rounds, besides the end; 0 = at the end only.
         bins: number of score bins in [0, 1]; even, so that 0.5 is an edge. In regression: of bins of the
-            signed error, over the width of the label's range to either side.
+            signed error, over the width of the label's range to either side. In survival: of bins of the
+            risk, and about so many cells of time, so that noise grows faster with it (common/survival).
+        horizons: survival: when the Brier score is taken; ends of the label's intervals. None: the last.
         subgroups: categorical columns by whose codes the metrics are also told, of 32 codes at most. With
             n of them, noise grows by √(1 + n), because a patient counts in each.
         bands: numeric column → where its bands begin, but the first one's: `age = [40, 60]` also tells the
@@ -167,6 +212,7 @@ class Evaluation(Strict):
     every: Annotated[int, Field(ge=0)] = 0
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 10
     subgroups: Annotated[tuple[Name, ...], Field(max_length=4)] = ()
+    horizons: Annotated[tuple[Finite, ...], Field(max_length=3)] = ()
     bands: Annotated[
         dict[Name, Annotated[tuple[Finite, ...], Field(min_length=1, max_length=31)]], Field(max_length=4)
     ] = Field(default_factory=dict)
@@ -191,8 +237,12 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.objective.task == "regression") != (self.data.label.number is not None):
-            raise ValueError("objective: regression needs a label with range and unit, the others classes")
+        fitting = {"regression": "number", "multi-label": "several", "survival": "survival"}
+        if self.data.label.kind != fitting.get(self.objective.task, "class"):
+            raise ValueError(
+                "objective: regression needs a label with range and unit, multi-label one with columns, "
+                "survival one with event, range and unit, the others classes"
+            )
         if self.objective.task == "binary" and len(self.data.label.classes) != 2:
             raise ValueError(f"objective: binary needs 2 label classes, got {len(self.data.label.classes)}")
         if self.data.scaling == "moments" and self.statistics is None:
@@ -217,6 +267,28 @@ class Study(Strict):
             if any(a >= b for a, b in pairwise(starts)):
                 raise ValueError(f"evaluation: bands of {name} must rise, got {list(starts)}")
         return self
+
+    @model_validator(mode="after")
+    def _horizons_are_cuts(self) -> Self:
+        if not self.evaluation.horizons:
+            return self
+        if self.objective.task != "survival":
+            raise ValueError("evaluation: horizons are for survival studies")
+        edges = self.data.label.edges[1:]
+        strange = [h for h in self.evaluation.horizons if h not in edges]
+        if strange or any(a >= b for a, b in pairwise(self.evaluation.horizons)):
+            raise ValueError(
+                f"evaluation: horizons must rise and be ends of the label's intervals, which are "
+                f"{', '.join(f'{edge:g}' for edge in edges)}"
+            )
+        return self
+
+    @property
+    def horizons(self) -> tuple[float, ...]:
+        """In survival studies the times at which the Brier score is taken, in the label's unit."""
+        if self.objective.task != "survival":
+            return ()
+        return self.evaluation.horizons or self.data.label.edges[-1:]
 
     @property
     def subgroup_columns(self) -> tuple[CategoricalColumn, ...]:
@@ -243,9 +315,15 @@ class Study(Strict):
 
     @property
     def outputs(self) -> int:
-        """Width of the model's last layer: 1 logit in binary studies, 1 number in regression, else one
-        logit per class."""
-        return len(self.data.label.classes) if self.objective.task == "multi-class" else 1
+        """Width of the model's last layer: 1 logit in binary studies, 1 number in regression or one for each
+        quantile, else one logit per class, label or interval of time."""
+        label = self.data.label
+        widths = {
+            "multi-class": len(label.classes),
+            "multi-label": len(label.columns),
+            "survival": max(1, len(label.edges) - 1),
+        }
+        return widths.get(self.objective.task, max(1, len(self.objective.quantiles)))
 
     @property
     def evaluations(self) -> int:

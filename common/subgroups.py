@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.histograms import subgroup_sums
+from common.histograms import cells_of_patients, subgroup_sums
 from common.messages import Array, Arrays
 from common.metrics import Measured, measure
 from common.study import Study
 from common.uncertainty import CALIBRATION, SEED, TAIL, Intervals, Run, estimate, simulated
 
-GAP_METRICS = ("auroc", "accuracy", CALIBRATION, "mae")
+GAP_METRICS = ("auroc", "accuracy", CALIBRATION, "mae", "c_index")
 FEWEST_PATIENTS = 20
 
 
@@ -89,8 +89,7 @@ def gaps(study: Study, sums: Arrays, noise: float) -> tuple[Gap, ...]:
     columns: dict[str, dict[str, _Group]] = {column.name: {} for column in study.subgroup_columns}
     for column, code, _, own in subgroup_sums(study, sums):
         measured = measure(study, own, noise)
-        cells = next(own[name].size for name in ("scores", "confidence", "errors") if name in own)
-        if measured.patients >= FEWEST_PATIENTS + 1.96 * noise * np.sqrt(cells):
+        if measured.patients >= FEWEST_PATIENTS + 1.96 * noise * np.sqrt(cells_of_patients(own)):
             columns[column][code] = _Group(measured, *simulated(study, own, noise, random))
     found = [_gap(name, metric, groups) for name, groups in columns.items() for metric in GAP_METRICS]
     return tuple(gap for gap in found if gap is not None)

@@ -12,8 +12,10 @@ noise only adds to it; its interval inverts a test instead (`_calibration_interv
 *Sampling*: other patients from the same population would have come out otherwise. The counts of cells are
 drawn from Poisson distributions around the released ones; under noise those are first brought to the
 nearest counts that aren't negative. A patient with many records counts as one with one, so the bars are
-rather too wide. Of several classes, whose histograms don't tell how one patient scored in all, the metrics
-are taken to rise and fall together. For regression see `_error_deviations`.
+rather too wide. Of several classes or labels, whose histograms don't tell how one patient scored in all, the
+metrics are taken to rise and fall together. For regression see `_error_deviations`. In survival the sums of
+squared errors are drawn likewise and by themselves, which makes bars of the Brier score too wide; the draws
+are of patients in a cell of time for each interval, and of a hundred risks.
 
 Neither knows of the other: with noise, the true sampling error is that of counts which nobody has seen.
 """
@@ -31,6 +33,7 @@ from common.histograms import overall
 from common.messages import Array, Arrays
 from common.metrics import LINE, Measured, measure, value_ranges, values, within
 from common.study import Study
+from common.survival import coarser
 
 Interval = tuple[float, float]
 
@@ -41,6 +44,7 @@ NUMBERS_AT_ONCE = 2_000_000
 SEED = 20_250_101
 BISECTIONS = 30
 CALIBRATION = "calibration_error"
+MOST_RISKS = 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Run:
     Attributes:
         deviations: metric → metrics of the draws less that of what was drawn around, float64 [draws].
         sums, counts: what the draws added to `curves.calibration_sums` [draws, groups] and to the number
-            of patients [draws]; None in regression.
+            of patients [draws]; None but for classes.
     """
 
     deviations: Mapping[str, Array]
@@ -126,6 +130,9 @@ def simulated(study: Study, sums: Arrays, noise: float, random: np.random.Genera
     by_noise = _run(study, _noise_source(sums, noise, random)) if noise > 0 else Run({})
     if study.objective.task == "regression":
         return by_noise, Run(_error_deviations(study, sums, noise, random))
+    if study.objective.task == "survival":
+        sums = coarser(study, dict(sums), MOST_RISKS)
+        return by_noise, _run(study, _sampling_source(sums, noise, random, gridded=False))
     return by_noise, _run(study, _sampling_source(sums, noise, random))
 
 
@@ -185,7 +192,7 @@ def _calibration_interval(counts: Array, run: Run, seen: float) -> Interval:
 
 
 def _counts(sums: Arrays) -> Array | None:
-    """What the calibration error is made of; None in regression."""
+    """What the calibration error is made of, if the label is a class."""
     return sums.get("scores", sums.get("confidence"))
 
 
@@ -201,13 +208,20 @@ def _noise_source(sums: Arrays, noise: float, random: np.random.Generator) -> _S
     return _Source(sums, draw, None, noise, together=False)
 
 
-def _sampling_source(sums: Arrays, noise: float, random: np.random.Generator) -> _Source:
+def _sampling_source(
+    sums: Arrays, noise: float, random: np.random.Generator, gridded: bool = True
+) -> _Source:
+    """Args:
+    gridded: leave out bins in which nobody is; all sums have the same ones as their last axis.
+    """
     nearest = _nearest_counts if noise > 0 else _positive
-    counts = {name: nearest(array) for name, array in sums.items()}
-    bins = next(iter(counts.values())).shape[-1]
-    filled = [np.flatnonzero((a > 0).reshape(-1, bins).any(axis=0)) for a in counts.values()]
-    grid = Grid(bins, np.unique(np.concatenate([[0], *filled])))
-    centre = {name: array[..., grid.columns] for name, array in counts.items()}
+    centre = {name: nearest(array) for name, array in sums.items()}
+    grid: Grid | None = None
+    if gridded:
+        bins = next(iter(centre.values())).shape[-1]
+        filled = [np.flatnonzero((a > 0).reshape(-1, bins).any(axis=0)) for a in centre.values()]
+        grid = Grid(bins, np.unique(np.concatenate([[0], *filled])))
+        centre = {name: array[..., grid.columns] for name, array in centre.items()}
 
     def draw(count: int) -> dict[str, Array]:
         return {n: random.poisson(a, (count, *a.shape)).astype(np.float64) for n, a in _ordered(centre)}
@@ -223,17 +237,20 @@ def _run(study: Study, source: _Source) -> Run:
     points = values(study, source.centre, source.grid)
     counts = _counts(source.centre)
     if counts is None:
-        drawn = values(study, source.draw(wanted))
-        return Run({name: drawn[name] - point for name, point in points.items()})
+        found = []
+        for start in range(0, wanted, size):
+            drawn = source.draw(min(size, wanted - start))
+            found.append(values(study, drawn, source.grid, source.together))
+        return Run({n: np.concatenate([each[n] for each in found]) - point for n, point in points.items()})
     grid = source.grid or Grid.whole(counts.shape[-1])
     points[CALIBRATION] = _calibration_errors(counts, grid, 0.0)
     parts: list[Run] = []
     for start in range(0, wanted, size):
         batch = source.draw(min(size, wanted - start))
-        found = values(study, batch, source.grid, source.together)
+        told = values(study, batch, source.grid, source.together)
         own = batch["scores" if "scores" in batch else "confidence"]
-        found[CALIBRATION] = _calibration_errors(own, grid, source.noise)
-        deviations = {name: found[name] - point for name, point in points.items()}
+        told[CALIBRATION] = _calibration_errors(own, grid, source.noise)
+        deviations = {name: told[name] - point for name, point in points.items()}
         added = own - counts
         parts.append(Run(deviations, curves.calibration_sums(added, grid), curves.total(added)))
     return Run(

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.messages import Arrays
-from common.models import parameter_arrays, study_model
+from common.models.initial import initial_parameters
 from common.study import Study
 from server.coordinator import Delivery, run_session
 from server.store import Store
@@ -27,12 +27,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run the session that the run's configuration names (`store`, `session`)."""
     config = context.run_config
     store = Store(Path(str(config["store"])), durable=not config.get("volatile", False))
-    run_session(store, str(config["session"]), FlowerPort(grid), initial_parameters)
+    session = str(config["session"])
 
+    def initial(study: Study, seed: int) -> Arrays:
+        return initial_parameters(study, seed, store.initial(session))
 
-def initial_parameters(study: Study, seed: int) -> Arrays:
-    """The study's model with its initial weights, name → float32 array."""
-    return parameter_arrays(study_model(study, seed))
+    run_session(store, session, FlowerPort(grid), initial)
 
 
 @runtime_checkable

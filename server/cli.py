@@ -12,7 +12,7 @@ import typer
 from common.console import JsonOption, Speaker, speaking
 from common.errors import DeploymentError
 from common.statistics import asked
-from common.study import load_study
+from common.study import Study, load_study
 from server import flower, sessions, superlink
 from server.description import show_description
 from server.display import RoundsProgress, show
@@ -34,6 +34,7 @@ Quorum = Annotated[int | None, typer.Option(help="So many make a round; SITES if
 Deadline = Annotated[float, typer.Option(help="Seconds that a site has for a round.", min=1)]
 Patience = Annotated[float, typer.Option(help="Seconds to wait for sites.", min=1)]
 MinimumPatients = Annotated[int, typer.Option(help="What is about fewer patients is left out.", min=1)]
+Initial = Annotated[Path | None, typer.Option(help="The file of weights that the study names.")]
 SessionId = Annotated[str, typer.Argument(metavar="SESSION", help="As `run` and `status` show it.")]
 
 
@@ -113,19 +114,21 @@ def run(
     exact_metrics: Annotated[
         bool, typer.Option("--exact-metrics", help="Metrics without noise; sites refuse unless public.")
     ] = False,
+    initial: Initial = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return at once; see `status`.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a study at the enrolled sites and show what came of it."""
     with speaking(json) as speaker:
         opened, wanted = CoordinatorFolder(folder), load_study(study)
+        weights = _initial(wanted, initial)
         settings = replace(
             _settings(opened, sites, quorum),
             deadline=deadline,
             patience=patience,
             exact_metrics=exact_metrics,
         )
-        session = sessions.begin(opened, wanted, settings)
+        session = sessions.begin(opened, wanted, settings, weights)
         speaker.say(f"session {session}")
         _see_through(speaker, opened, session, detach)
 
@@ -152,6 +155,14 @@ def describe(
         speaker.say(f"session {session}")
         sessions.follow(opened, session, lambda done: None)
         show_description(speaker, sessions.store_of(opened), session, minimum_patients)
+
+
+def _initial(wanted: Study, path: Path | None) -> bytes | None:
+    if path is None and wanted.model.initial_weights is None:
+        return None
+    from common.models.initial import read_initial  # torch takes seconds
+
+    return read_initial(wanted, path)
 
 
 def _settings(opened: CoordinatorFolder, sites: int | None, quorum: int | None) -> Settings:

@@ -15,7 +15,9 @@ from server.report import SessionReport, SiteReport
 
 COLUMNS = {"auroc": "AUROC", "accuracy": "accuracy", "calibration_error": "cal. error"}
 ERROR_COLUMNS = {"mae": "MAE", "rmse": "RMSE", "bias": "mean error"}
-TITLES = {**COLUMNS, **ERROR_COLUMNS}
+SURVIVAL_COLUMNS = {"c_index": "C-index", "brier": "Brier score"}
+INTERVAL_COLUMNS = {"mae": "MAE", "coverage": "coverage", "interval_width": "interval"}
+TITLES = {**COLUMNS, **ERROR_COLUMNS, **SURVIVAL_COLUMNS}
 
 
 def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> None:
@@ -24,7 +26,7 @@ def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> No
     One session's noised metrics come with the 95 % interval that noise leaves them in. Gaps between
     subgroups follow, if the study asks for them.
     """
-    columns = COLUMNS if study.data.label.number is None else ERROR_COLUMNS
+    columns = show_columns(study)
     names = [site.site for site in reports[0].sites]
     rows = []
     for name in names:
@@ -46,6 +48,13 @@ def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> No
         rows,
     )
     _show_gaps(speaker, study, reports)
+
+
+def show_columns(study: Study) -> dict[str, str]:
+    """Metric → title."""
+    if len(study.objective.quantiles) > 1:
+        return INTERVAL_COLUMNS
+    return {"regression": ERROR_COLUMNS, "survival": SURVIVAL_COLUMNS}.get(study.objective.task, COLUMNS)
 
 
 def _show_gaps(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> None:

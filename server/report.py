@@ -10,8 +10,12 @@ from common.histograms import merged
 from common.messages import Arrays
 from common.metrics import (
     CalibrationGroup,
+    HorizonMetrics,
+    LabelMetrics,
     Measured,
     OperatingPoint,
+    at_horizons,
+    by_label,
     calibration_curve,
     edges,
     operating_point,
@@ -50,7 +54,9 @@ class SessionReport:
     measured: the final model on all sites' test patients.
     intervals: the error bars of `measured`.
     operating_points: binary: of all patients, at tenths of the score that are edges of its bins.
-    calibration_curve: of all patients; empty in regression.
+    calibration_curve: of all patients; empty unless the label is a class.
+    labels: of all patients, each label by itself where there are several.
+    horizons: of all patients in survival studies.
     subgroups, gaps: of all patients, in the columns that the study's evaluation names.
     """
 
@@ -67,6 +73,8 @@ class SessionReport:
     intervals: Intervals | None = None
     operating_points: tuple[OperatingPoint, ...] = ()
     calibration_curve: tuple[CalibrationGroup, ...] = ()
+    labels: tuple[LabelMetrics, ...] = ()
+    horizons: tuple[HorizonMetrics, ...] = ()
     subgroups: tuple[Subgroup, ...] = ()
     gaps: tuple[Gap, ...] = ()
 
@@ -120,6 +128,8 @@ def _details(study: Study, sums: Arrays | None, noise: float) -> dict[str, Any]:
     return {
         "operating_points": tuple(operating_point(sums, threshold) for threshold in points),
         "calibration_curve": calibration_curve(sums),
+        "labels": by_label(study, sums, noise),
+        "horizons": at_horizons(study, sums),
         "subgroups": subgroups(study, sums, noise),
         "gaps": gaps(study, sums, noise),
     }

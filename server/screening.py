@@ -21,7 +21,7 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
 
     Raises:
         MessageError: saying what is wrong: not a message, another round's, odd names, shapes or types,
-            NaN or infinity.
+            NaN or infinity, or an update of what is frozen.
     """
     message = decode(content)
     if isinstance(message, Refusal):
@@ -36,6 +36,8 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
     statistics = asked.round == STATISTICS_ROUND
     trains = not statistics and asked.round <= study.algorithm.rounds
     _same_arrays(message.update, job.parameters if trains else {}, "update")
+    if any(study.model.freezes(name) and array.any() for name, array in message.update.items()):
+        raise MessageError("an update of what the study freezes", remedy="update the site's software")
     # A site whose policy keeps its evaluation answers without metrics.
     evaluates = study.evaluates_in(asked.round) and bool(message.metrics)
     exact = asked.metrics == "exact" or not study.private

@@ -32,13 +32,18 @@ def store_of(folder: CoordinatorFolder) -> Store:
     return Store(folder.root / "store")
 
 
-def begin(folder: CoordinatorFolder, study: Study, settings: Settings) -> str:
+def begin(folder: CoordinatorFolder, study: Study, settings: Settings, initial: bytes | None = None) -> str:
     """Start a session of a study; returns its id.
+
+    Args:
+        initial: the file of weights that the study names (`common.models.initial.read_initial`).
 
     Raises:
         DeploymentError: if SuperLink doesn't answer; no session is left behind as running.
     """
     store, session = store_of(folder), new_session_id(study)
+    if initial is not None:
+        store.keep_initial(session, initial)
     store.create(session, study, settings)
     _submit(folder, store, session)
     return session

@@ -176,6 +176,23 @@ class Store:
         except sqlite3.IntegrityError:
             raise StudyFailed(f"session {session} exists already", remedy="resume it instead") from None
 
+    def keep_initial(self, session: str, content: bytes) -> None:
+        """Keep the file of weights that a session begins with, so that it can begin again without it."""
+        path = self._initial_path(session)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._durable:
+            write_atomic(path, content)
+        else:
+            path.write_bytes(content)
+
+    def initial(self, session: str) -> bytes | None:
+        """The file that was kept; None if there is none."""
+        path = self._initial_path(session)
+        return path.read_bytes() if path.exists() else None
+
+    def _initial_path(self, session: str) -> Path:
+        return self.root / "initial" / f"{session}.safetensors"
+
     def session(self, session: str) -> Session:
         """Raises:
         StudyFailed: if there is none of that id.

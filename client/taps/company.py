@@ -196,6 +196,9 @@ class Company:
         numbers = self._dtype.is_floating_point and not tables  # else what may be looked up
         if numbers:
             two = torch.randn((2, *self._shape), generator=generator, dtype=torch.float64)
+        elif self._dtype.is_floating_point:  # numbers of which some, less their fractions, may be looked up
+            two = torch.rand((2, *self._shape), generator=generator, dtype=torch.float64)
+            two *= min(*tables, 4) - 0.5
         else:
             two = torch.randint(0, min(tables, default=1), (2, *self._shape), generator=generator)
         batch = two[:1].to(self._dtype).repeat(size, *[1] * len(self._shape))

@@ -10,9 +10,14 @@ from client.taps.attention import attention
 from client.taps.layers import Maker
 from client.taps.recurrent import recurrent
 
+# Not tapped, but computed in any company alike
+ACTIVATIONS = (
+    nn.CELU, nn.ELU, nn.GELU, nn.LogSigmoid, nn.Mish, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh,
+)  # fmt: skip
 # Type → how to tap it, and the parameters that it may have. A subclass may compute something else, so the
 # type must be the very one.
 HANDLED: dict[type[nn.Module], tuple[Maker, str]] = {
+    **dict.fromkeys(ACTIVATIONS, (layers.elementwise, "")),
     nn.Linear: (layers.linear, "weight bias"),
     nn.Conv1d: (layers.convolution, "weight bias"),
     nn.Conv2d: (layers.convolution, "weight bias"),

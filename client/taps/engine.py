@@ -20,6 +20,7 @@ from client.taps.losses import output_gradients
 from client.taps.parts import Factors, Held, Norms, Part, Slot, chunks
 from client.taps.tape import Tape
 from common.errors import StudyError
+from common.objectives import blank_labels
 from common.study import Objective
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class TappedGradients:
         if not batch.patients or not self.parameters:
             return total
         groups = Groups(batch.patient.to(like.device), batch.patients)
-        seats = self._seats(patients.features, patients.labels, groups.records)
+        seats = self._seats(patients.features, groups.records)
         blocks = list(groups.blocks(seats.most))
         for block in blocks:
             seats.probe(block.groups.records)
@@ -142,8 +143,7 @@ class TappedGradients:
         Raises:
             StudyError: as `sum`.
         """
-        labels = torch.zeros(1, dtype=torch.int64 if self._objective.task == "multi-class" else torch.float32)
-        seats = self._seats(features, labels, len(features))
+        seats = self._seats(features, len(features))
         pieces = list(chunks(len(features), seats.most))
         for piece in pieces:
             seats.probe(piece.stop - piece.start)
@@ -161,24 +161,24 @@ class TappedGradients:
                 module.training = mode
         return torch.cat(found) if found else self.network(features).detach()
 
-    def _seats(self, features: torch.Tensor, labels: torch.Tensor, records: int) -> Seats:
+    def _seats(self, features: torch.Tensor, records: int) -> Seats:
         """For so many records like these."""
         kind = (tuple(features.shape[1:]), features.dtype, features.device, torch.get_num_threads())
         company = self._companies.get(kind)
         if company is None:
 
             def taps(network: nn.Module) -> Taps:
-                return TappedGradients(network, self._objective, memory=self._memory)._all_taps(labels)
+                return TappedGradients(network, self._objective, memory=self._memory)._all_taps()
 
-            limit = self._limit(features, labels)
+            limit = self._limit(features)
             company = self._companies[kind] = Company(self.network, features, taps, limit)
         return company.seats(records)
 
-    def _all_taps(self, labels: torch.Tensor) -> Taps:
+    def _all_taps(self) -> Taps:
         def taps(features: torch.Tensor) -> list[torch.Tensor]:
             with self._taps():
-                zeros = labels.new_zeros(len(features), device=features.device)
-                outputs = self._pass(features, zeros, torch.ones(len(features)))
+                blank = blank_labels(self._objective, len(features), features.device)
+                outputs = self._pass(features, blank, torch.ones(len(features)))
                 return [outputs, *(tap for part in self._tape.parts for tap in part.taps)]
 
         return taps
@@ -261,11 +261,11 @@ class TappedGradients:
         bound = clipping_norm * (1.0 - CLIPPING_MARGIN)
         return total * min(1.0, bound / max(norm, 1e-30), CANCELLING * bound / max(length, 1e-30))
 
-    def _limit(self, features: torch.Tensor, labels: torch.Tensor) -> int:
+    def _limit(self, features: torch.Tensor) -> int:
         """Records of a pass: as many as the memory allows, of which gradients may hold a quarter."""
-        return max(1, min(MAX_RECORDS, self._memory * 3 // 4 // max(1, self._measured(features, labels))))
+        return max(1, min(MAX_RECORDS, self._memory * 3 // 4 // max(1, self._measured(features))))
 
-    def _measured(self, features: torch.Tensor, labels: torch.Tensor) -> int:
+    def _measured(self, features: torch.Tensor) -> int:
         """Bytes that a record's pass keeps, from one over some made-up records: what autograd saves, and the
         taps twice, for the gradients that pass beside them."""
         kept: dict[int, torch.Tensor] = {}
@@ -280,7 +280,7 @@ class TappedGradients:
         devices = [features.device] if features.is_cuda else []
         saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with self._taps(), torch.random.fork_rng(devices), saving:
-            self._pass(features, labels.new_zeros(count, device=features.device), torch.ones(count))
+            self._pass(features, blank_labels(self._objective, count, features.device), torch.ones(count))
             taps = [tap for part in self._tape.parts for tap in part.taps]
         saved = sum(each.untyped_storage().nbytes() for key, each in kept.items() if key not in weights)
         return (saved + 2 * sum(tap.numel() * tap.element_size() for tap in taps)) // count

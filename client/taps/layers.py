@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from client.rowwise import VECTOR
 from client.taps.convolution import Convolution, Geometry, bias_part
 from client.taps.parts import Lookups, Slot, Vectors
 from client.taps.products import tapped_product
 from client.taps.rows import Rows
 from client.taps.tape import Tape
 
+_TOGETHER = 2 * VECTOR  # numbers that torch's elementwise functions take at once
 Forward = Callable[..., Any]
 Slots = Callable[[torch.Tensor | None], Slot | None]
 Maker = Callable[[str, Any, Slots, Tape], Forward]
@@ -74,6 +76,9 @@ def convolution(name: str, layer: Any, slots: Slots, tape: Tape) -> Forward:
     def forward(input: torch.Tensor) -> torch.Tensor:
         weight, bias = layer.weight.detach(), _detached(layer.bias)
         x = functional.pad(input, before, mode=mode) if padded else input
+        if weight_slot is None and bias_slot is None:  # no backward pass on its account
+            frozen: torch.Tensor = convolve(x, weight, bias, layer.stride, padding, dilation, layer.groups)
+            return frozen
 
         def keep(g: torch.Tensor) -> None:
             if weight_slot is not None:
@@ -84,6 +89,22 @@ def convolution(name: str, layer: Any, slots: Slots, tape: Tape) -> Forward:
         return tape.tap(
             name, x, lambda: convolve(x, weight, bias, layer.stride, padding, dilation, layer.groups), keep
         )
+
+    return forward
+
+
+def elementwise(name: str, layer: nn.Module, slots: Slots, tape: Tape) -> Forward:
+    """A function of each number, on so many that all are computed alike: torch takes what is left over at the
+    end in another way, which may differ in the last bit."""
+    own = type(layer).forward
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        count = input.numel()
+        if count % _TOGETHER == 0 and input.is_contiguous():
+            return own(layer, input)  # type: ignore[no-any-return]
+        filled = functional.pad(input.flatten(), (0, -count % _TOGETHER))
+        found: torch.Tensor = own(layer, filled)
+        return found[:count].view(input.shape)
 
     return forward
 

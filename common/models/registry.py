@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -47,7 +47,22 @@ class Shape:
             )
         return self.blocks[0]
 
+    def numbers(self) -> int:
+        """The features of a model that takes them all as numbers.
 
+        Raises:
+            StudyError: if some are ids of tokens, which are no quantity.
+        """
+        ids = [block.name for block in self.blocks if block.vocabulary]
+        if ids:
+            raise StudyError(
+                f"this model takes numbers; {', '.join(ids)} holds ids of tokens",
+                remedy="choose embedding-bag, text-gru or smiles-gru, or fusion beside other columns",
+            )
+        return self.inputs
+
+
+Hidden = Annotated[int, Field(ge=1, le=65_536)]
 ModelFunction = Callable[..., nn.Module]
 _MODELS: dict[str, ModelFunction] = {}
 
@@ -78,7 +93,8 @@ def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
 
     Raises:
         StudyError: if the name is unknown, a parameter is wrong, or the network can't be trained under
-            patient-level privacy (batch statistics, buffers that data changes).
+            patient-level privacy (batch statistics, buffers that data changes), or what is to be frozen
+            isn't there, or is all there is.
     """
     function = _MODELS.get(model.name)
     if function is None:
@@ -88,6 +104,7 @@ def build_model(model: Model, shape: Shape, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         network = function(shape, **parameters)
     refuse_unsafe(network, model.name)
+    _freeze(network, model)
     return network
 
 
@@ -101,6 +118,21 @@ def study_model(study: Study, seed: int = 0) -> nn.Module:
 def parameter_count(study: Study) -> int:
     """Numbers in a study's model."""
     return sum(p.numel() for p in study_model(study).parameters())
+
+
+def _freeze(network: nn.Module, model: Model) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    for frozen in model.frozen:
+        if not any(name == frozen or name.startswith(f"{frozen}.") for name in names):
+            raise StudyError(
+                f"model.frozen: {model.name} has no parameters {frozen!r}",
+                remedy=f"it has {', '.join(names[:40])}{' …' if len(names) > 40 else ''}",
+            )
+    for name, parameter in network.named_parameters():
+        if model.freezes(name):
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise StudyError("model.frozen: nothing is left to train", remedy="leave the head out of it")
 
 
 def _checked(function: ModelFunction, model: Model) -> dict[str, Any]:

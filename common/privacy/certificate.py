@@ -21,10 +21,10 @@ from jwt.utils import base64url_decode, base64url_encode
 from pydantic import AfterValidator, Field
 
 from common.errors import CertificateError
-from common.fields import Positive, Slug
+from common.fields import Digest, Positive, Slug
 from common.files import Strict, canonical_json, validated
 from common.keys import PublicKey, SigningKey
-from common.messages import MAX_CERTIFICATE_CHARACTERS, Digest, SessionId
+from common.messages import MAX_CERTIFICATE_CHARACTERS, SessionId
 from common.privacy.mechanism import Event, Noise
 
 ALGORITHM = "EdDSA"

@@ -13,6 +13,7 @@ from flwr.app import Context, RecordDict
 from client import door, stacking
 from client.app import app as client_app
 from common.errors import SiteError
+from common.models.initial import read_initial
 from common.study import Study
 from server.app import app as server_app
 from server.sessions import new_session_id
@@ -33,6 +34,7 @@ class SimulationSettings:
     exact_metrics: evaluate without noise, on data that is public anyway.
     memory_bytes: sites stay in memory while their data is estimated to fit in this.
     quorum: a round counts if at least so many sites answered; None: all.
+    initial: the file of weights that the study names, if it names one.
     """
 
     workers: int = 2
@@ -42,6 +44,7 @@ class SimulationSettings:
     quorum: int | None = None
     describe: bool = False
     state: Path | None = None
+    initial: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
     Raises:
         SiteError, StudyError: if a site or the study is wrong.
     """
+    initial = None if settings.describe else read_initial(study, settings.initial)
     places = find_sites(sites, settings.state or run / "sites")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,8 @@ def prepare(study: Study, sites: Path, run: Path, settings: SimulationSettings) 
         admit(place, study, public=settings.exact_metrics)
     store = Store(run / "store", durable=False)
     session = new_session_id(study)
+    if initial is not None:
+        store.keep_initial(session, initial)
     store.create(
         session,
         study,
@@ -108,7 +114,7 @@ def simulate(
     simulation = prepare(study, sites, run, settings)
     places = simulation.places
     workers = max(1, min(settings.workers, len(places)))
-    capacity = warm_capacity(places, workers, settings.memory_bytes)
+    capacity = warm_capacity(study, places, workers, settings.memory_bytes)
     pace = Pace(stacking.together, workers)
     pool = VaultPool(places, settings.seed, capacity, pace)
     grid = DirectGrid(

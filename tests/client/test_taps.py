@@ -349,7 +349,7 @@ def test_micro_batches_and_long_patients(name: str) -> None:
     cohort = cohort_of([1, 3], shape, 4, tokens)
     assert_exact(network_of(name), cohort, everybody(cohort), memory=1)
     engine = TappedGradients(network_of(name), OBJECTIVE)
-    record = engine._measured(cohort.features, cohort.labels)
+    record = engine._measured(cohort.features)
     assert_exact(network_of(name), cohort, everybody(cohort), memory=3 * record * 4 // 3 + 4)
 
 

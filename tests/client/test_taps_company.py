@@ -17,7 +17,7 @@ from tapped import (
     gradients_by_hand,
     one_thread,
 )
-from test_taps import LAYERS, network_of
+from test_taps import LAYERS, Mean, head, network_of
 from torch import nn
 
 from client.cohort import Patients
@@ -25,6 +25,7 @@ from client.dpsgd import Batch
 from client.taps import TappedGradients
 from client.taps import company as company_module
 from client.taps.company import Company, Seating
+from client.taps.coverage import ACTIVATIONS
 
 __all__ = ["one_thread"]  # a fixture that pytest finds here
 SIZES = (1, 2, 7, 16, 21, 33, 64)
@@ -38,7 +39,7 @@ def company_of(engine: TappedGradients) -> Company:
 def computed(engine: TappedGradients, cohort: Patients, records: torch.Tensor) -> dict[int, bytes]:
     """Everything that is tapped of each record, and its outputs."""
     batch = Batch(records, torch.arange(len(records)), torch.ones(len(records)), len(records))
-    seats = engine._seats(cohort.features, cohort.labels, len(records))
+    seats = engine._seats(cohort.features, len(records))
     found: dict[int, bytes] = {}
     for start in range(0, len(records), seats.most):
         piece = slice(start, min(start + seats.most, len(records)))
@@ -70,6 +71,26 @@ def test_frozen_layers_are_computed_alike_too() -> None:
     whole = computed(engine, cohort, torch.arange(30))
     assert all(whole[r] == bits for r, bits in computed(engine, cohort, torch.arange(3, 20)).items())
     assert company_of(engine).seating is Seating.FREE
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_computed_alike_too(activation: type[nn.Module]) -> None:
+    """torch's own functions of what is left over at the end of the registers round in another way."""
+    makes: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+        (lambda: nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3), activation(), head(3)), (3,)),
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3), activation(), Mean(), head(3)), (3, 7)),
+    ]
+    random = np.random.default_rng(0)
+    for make, shape in makes:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            cohort, engine = cohort_of([1] * 70, shape, 8), TappedGradients(make(), OBJECTIVE)
+            whole = computed(engine, cohort, torch.arange(70))
+            for size in SIZES[1:-1]:
+                some = torch.from_numpy(random.permutation(70)[:size])
+                assert all(whole[r] == bits for r, bits in computed(engine, cohort, some).items())
+            assert company_of(engine).seating is Seating.FREE
+            assert_exact(make(), cohort_of([1, 3], shape), everybody(cohort_of([1, 3], shape)))
 
 
 class Own(nn.Module):
@@ -139,7 +160,7 @@ def test_a_network_that_mixes_records_gives_each_its_own_gradient() -> None:
 def test_a_size_that_does_not_pass_is_not_used() -> None:
     network = Own(by_size)
     cohort, engine = cohort_of([1] * 50, (5,)), TappedGradients(network, OBJECTIVE)
-    seats = engine._seats(cohort.features, cohort.labels, 50)
+    seats = engine._seats(cohort.features, 50)
     assert seats.most == 16
     assert [company_of(engine).fits(size) for size in (16, 32)] == [True, False]
     assert_exact(network, cohort, everybody(cohort))

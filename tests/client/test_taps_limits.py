@@ -561,7 +561,7 @@ def test_pieces_hold_no_more_records_than_memory_allows() -> None:
     network = Counting()
     cohort = cohort_of([1, 9, 2, 30, 1, 4, 4, 4], (6,))
     engine = TappedGradients(network, OBJECTIVE, memory=1)
-    record = engine._measured(cohort.features, cohort.labels)
+    record = engine._measured(cohort.features)
     assert 4 * 50 <= record <= 40 * 50  # activations, their gradients, and what passes beside
     assert_exact(network, cohort, everybody(cohort), memory=8 * record * 4 // 3 + 1)
     for records, passes in ((8, [1, 8, 1, 2, 8, 8, 8, 6, 5, 8]), (20, [16] * 4)):
@@ -578,7 +578,7 @@ def test_measuring_leaves_torchs_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    engine._limit(cohort.features, cohort.labels)
+    engine._limit(cohort.features)
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from every_model import EVERY_MODEL, patients_of, study_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -31,7 +32,7 @@ from client.linear import LinearGradients
 from client.release import noised_histograms
 from client.rowwise import CLIPPING_MARGIN
 from client.training import Trainer
-from common.models import parameter_arrays, registered, study_model
+from common.models import parameter_arrays, study_model
 from common.objectives import record_losses
 from common.privacy import noise as module
 from common.privacy.noise import GRID_BITS, OperatingSystem, Seeded, Stream, grid_step, noised
@@ -373,13 +374,13 @@ def test_rounds_steps_tensors_and_sites_are_independent() -> None:
     assert len({tuple(piece[:3]) for piece in drawn.values()}) == len(drawn)
 
 
-@pytest.mark.parametrize("name", registered())
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_every_scalar_of_every_model_gets_noise(name: str) -> None:
-    wanted = study(
-        model={"name": name},
+    wanted = study_of(
+        name,
         training={"sample_rate": 1e-9, "local_steps": 1, "optimizer": {"name": "sgd", "learning_rate": 1.0}},
     )
-    cohort = patients([1] * 20)
+    cohort = patients_of(wanted, [1] * 20)
     trainer = Trainer(wanted, Cohort(cohort, cohort), plan_study(wanted, 50))
     start = parameter_arrays(study_model(wanted))
     zeros = {n: np.zeros_like(a) for n, a in start.items()}
@@ -387,9 +388,11 @@ def test_every_scalar_of_every_model_gets_noise(name: str) -> None:
     assert {n: a.shape for n, a in update.items()} == {n: a.shape for n, a in start.items()}
     step = trainer.plan.step
     scale = step.noise_multiplier * (step.clipping_norm or 0.0) / step.divisor
-    values = np.concatenate([a.ravel() for a in update.values()]).astype(np.float64) / scale
+    trained = {n for n, p in study_model(wanted).named_parameters() if p.requires_grad}
+    assert not any(a.any() for n, a in update.items() if n not in trained)
+    values = np.concatenate([update[n].ravel() for n in sorted(trained)]).astype(np.float64) / scale
     assert (values != 0).all()
-    assert len(np.unique(values)) == len(values)
+    assert len(np.unique(values)) > 0.95 * len(values)  # on a grid, where some of thousands meet
     tails = stats.chi2.sf((values**2).sum(), len(values)), stats.chi2.cdf((values**2).sum(), len(values))
     assert min(tails) > FALSE_ALARM
 

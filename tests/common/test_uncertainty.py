@@ -89,10 +89,11 @@ def test_noise_intervals_of_a_binary_study_cover(noise: float, apart: float) -> 
     found = covered(BINARY, told(BINARY, *binary(3, apart=apart), 10), noise)
     assert set(found) == {
         "patients", "auroc", "auprc", "accuracy", "brier", "calibration_error", "sensitivity", "specificity",
+        "precision", "sensitivity_90", "sensitivity_95", "score_1", "score_1_half",
     }  # fmt: skip
-    for name in ("patients", "auroc", "accuracy", "brier", "sensitivity", "specificity"):
+    for name in ("patients", "auroc", "accuracy", "brier", "sensitivity", "specificity", "precision"):
         assert 0.90 <= found[name] <= 0.99, (name, found)
-    for name in ("auprc", "calibration_error"):
+    for name in ("auprc", "calibration_error", "sensitivity_90", "sensitivity_95", "score_1", "score_1_half"):
         assert 0.88 <= found[name] <= 0.99, (name, found)
 
 

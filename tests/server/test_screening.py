@@ -66,6 +66,15 @@ def test_a_reply_that_hides_its_cost(changes: dict[str, Any]) -> None:
         screened(encode(honest(BINARY, 2, **changes)), asked(BINARY), BINARY)
 
 
+def test_what_is_frozen_may_not_come_changed() -> None:
+    wanted = study(model={"name": "mlp", "parameters": {"hidden": [3]}, "frozen": ["0"]})
+    reply = honest(wanted)
+    with pytest.raises(MessageError, match="an update of what the study freezes"):
+        screened(encode(reply), asked(wanted), wanted)
+    update = {n: 0 * a if n.startswith("0.") else a for n, a in reply.update.items()}
+    assert screened(encode(Reply(reply.header, update, reply.metrics)), asked(wanted), wanted)
+
+
 def test_a_refusal_passes() -> None:
     refusal = Refusal(RefusalHeader(site="north", code="c", message="m"))
     assert screened(encode(refusal), asked(BINARY), BINARY) == refusal

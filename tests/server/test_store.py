@@ -53,6 +53,12 @@ def test_ids_are_taken_once(store: Store) -> None:
     assert [s.id for s in store.sessions()] == ["one", "two"]
 
 
+def test_the_weights_that_it_begins_with_come_back(store: Store) -> None:
+    assert store.initial("one") is None
+    store.keep_initial("one", b"weights")
+    assert Store(store.root).initial("one") == b"weights"
+
+
 def test_a_round_comes_back(store: Store) -> None:
     store.record("one", 1, ARRAYS, ANSWERS)
     found = Store(store.root).rounds("one")
