@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from common.console import JsonOption, speaking
 from common.errors import FedwardError, StudyError
-from common.files import parse_config, validated, write_atomic
-from common.study import Study, load_study
+from common.files import write_atomic
 from simulations.benchmarks.cli import benchmark
-from simulations.studies import ready_studies, ready_study
+from simulations.studies import ready_studies
+from simulations.table.cli import table
+from simulations.wanted import find_study
 
 # What trains, reads tables or counts privacy is imported by the commands that do: it takes seconds.
 
@@ -29,6 +31,7 @@ app = typer.Typer(
 data_sets = typer.Typer(help="Public data sets, prepared as hospitals.", no_args_is_help=True)
 app.add_typer(data_sets, name="datasets")
 app.command()(benchmark)
+app.command()(table)
 
 StudyName = Annotated[
     str,
@@ -56,37 +59,6 @@ class Engine(StrEnum):
 
     in_process = "in-process"
     ray = "ray"
-
-
-def find_study(name: str, changes: Sequence[str] = ()) -> Study:
-    """A study by file or by the name of a ready one, with `KEY=VALUE` changes (a study of its own).
-
-    Raises:
-        StudyError: if there is neither, or a change makes no sense.
-    """
-    found = _find_study(name)
-    value = found.model_dump(mode="json")
-    for change in changes:
-        key, _, text = change.partition("=")
-        *path, last = key.split(".")
-        place: Any = value
-        for step in path:
-            place = place.get(step) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise StudyError(f"--set {change}: no such table", remedy="write --set privacy.epsilon=0.1")
-        place[last] = parse_config(f"value = {text}".encode(), f"--set {change}", StudyError)["value"]
-    return validated(Study, value, " ".join(["--set", *changes]), StudyError) if changes else found
-
-
-def _find_study(name: str) -> Study:
-    path = Path(name)
-    if path.exists() or path.suffix in {".toml", ".json"} or "/" in name:
-        return load_study(path)
-    if name not in ready_studies():
-        raise StudyError(
-            f"{name!r} is neither a file nor a ready study", remedy=f"ready are: {', '.join(ready_studies())}"
-        )
-    return load_study(ready_study(name))
 
 
 @app.command()
@@ -153,6 +125,60 @@ def export(
 
 
 @app.command()
+def init(
+    from_csv: Annotated[Path, typer.Option(help="One line a record, with a header.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The study's file; it must not exist.")] = Path("study.toml"),
+    label: Annotated[str | None, typer.Option(help="The column that is learnt.", show_default=False)] = None,
+    patient: Annotated[
+        str | None, typer.Option(help="The column that says whose record it is.", show_default=False)
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Also deal the patients out to sites of a simulation, in here.")
+    ] = None,
+    sites: Annotated[int, typer.Option(help="How many, with as many patients each.", min=1)] = 4,
+    by: Annotated[str | None, typer.Option(help="Column that says whose site it is instead.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Draft a study and its data dictionary from a CSV file, to be mended by hand.
+
+    The draft tells of the file's values, so it is as private as they are.
+    """
+    from simulations.dealing import write_sites
+    from simulations.draft import draft
+
+    with speaking(json) as speaker:
+        if out.exists():
+            raise StudyError(f"{out} exists already", remedy="give another path: --out")
+        if out.suffix != ".toml":
+            raise StudyError(f"{out}: a study's file ends in .toml", remedy="give another path: --out")
+        drafted = draft(from_csv, slug(out.stem), label, patient)
+        key = drafted.study.data.patient_key
+        folders = write_sites(drafted.frame, key, to, sites, by) if to is not None else ()
+        try:
+            write_atomic(out, drafted.text.encode(), mode=0o600)
+        except OSError as error:
+            raise StudyError(f"{out}: {error.strerror}", remedy="give another path: --out") from None
+        speaker.say(
+            f"{out}: {len(drafted.study.data.columns)} columns. Read it, and give what is to do there."
+        )
+        for column, why in drafted.left_out.items():
+            speaker.say(f"Left out: {column} ({why})")
+        for name, column in drafted.names.items():
+            speaker.say(f'A site maps {name}: [data.columns.{name}] column = "{column}"')
+        if drafted.delimiter != ",":
+            speaker.say(f"A site with this file says: [data] delimiter = {dumps(drafted.delimiter)}")
+        if folders:
+            speaker.say(f"{len(folders)} sites in {to}: fedward-sim run {out} --sites {to}")
+        told = {"file": str(out), "study": drafted.study.name, "left_out": drafted.left_out}
+        speaker.answer({**told, "names": drafted.names, "sites": [str(folder) for folder in folders]})
+
+
+def slug(text: str) -> str:
+    """A study's name made of any text."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:64].strip("-") or "study"
+
+
+@app.command()
 def run(
     study: StudyName,
     sites: Sites,
@@ -169,6 +195,7 @@ def run(
     ] = False,
     quorum: Quorum = None,
     state: State = None,
+    initial: Annotated[Path | None, typer.Option(help="The file of weights that the study names.")] = None,
     changed: Changes = None,
     json: JsonOption = False,
 ) -> None:
@@ -192,6 +219,7 @@ def run(
                     memory_bytes=int(memory * 2**30),
                     quorum=quorum,
                     state=state,
+                    initial=initial,
                 )
                 place = folder if repeat == 1 else folder / f"seed-{settings.seed}"
                 if engine is Engine.ray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 from typer.testing import CliRunner, Result
 
 from common.study import load_study
@@ -70,6 +72,27 @@ def test_a_run_leaves_what_it_says_and_the_auditor_agrees(sites: Path, tmp_path:
     opinions = json.loads(audited.stdout)["opinions"]
     assert len(opinions) == 8
     assert all(o["sound"] for o in opinions)
+
+
+def test_training_goes_on_from_a_files_weights(sites: Path, tmp_path: Path) -> None:
+    mlp = ["--set", 'model.name="mlp"', "--set", "algorithm.rounds=1", "--seed", "1"]
+    first = sim("run", "breast-cancer", "--sites", sites, "--out", tmp_path, *mlp)
+    file = Path(str(told(first)["folder"])) / "model.safetensors"
+    before = file.read_bytes()
+    digest = hashlib.sha256(before).hexdigest()
+    go_on = [*mlp, "--set", f'model.initial_weights={{sha256="{digest}"}}',
+             "--set", 'model.frozen=["0"]']  # fmt: skip
+    result = sim("run", "breast-cancer", "--sites", sites, "--out", tmp_path, *go_on, "--initial", file)
+    assert result.exit_code == 0, result.output
+    after = load(Path(str(told(result)["folder"])).joinpath("model.safetensors").read_bytes())
+    for name, array in load(before).items():
+        assert (after[name].tobytes() == array.tobytes()) == name.startswith("0."), name
+    refused = sim("run", "breast-cancer", "--sites", sites, "--out", tmp_path / "none", *go_on)
+    assert refused.exit_code == 2
+    assert "begins with the weights of a file" in str(told(refused)["message"])
+    refused = sim("run", "breast-cancer", "--sites", sites, "--out", tmp_path / "none", "--initial", file)
+    assert "names no initial weights" in str(told(refused)["message"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_auditor_finds_less_noise_than_promised(sites: Path, tmp_path: Path) -> None:
