@@ -39,8 +39,8 @@ def run(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_both_blocks_are_there() -> None:
-    assert len(BLOCKS) == 2
+def test_all_blocks_are_there() -> None:
+    assert len(BLOCKS) == 3
 
 
 def test_the_simulation_block(tmp_path: Path) -> None:
@@ -50,9 +50,15 @@ def test_the_simulation_block(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/*/model.safetensors"))) == 2
 
 
+def test_the_newcomers_block(tmp_path: Path) -> None:
+    done = run(BLOCKS[1], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "tables" / "mine" / "table.md").is_file()
+
+
 @pytest.mark.deployment
 def test_the_deployment_block(tmp_path: Path) -> None:
-    done = run(BLOCKS[1], tmp_path)
+    done = run(BLOCKS[2], tmp_path)
     logs = "".join(path.read_text(errors="replace")[-1500:] for path in tmp_path.rglob("*.log"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + logs
     assert "finished" in done.stdout
