@@ -2,7 +2,9 @@
 
 It happens to a record by itself, before its patient's gradient is taken and clipped, and by draws that
 nobody's data decides. So given the draws, one patient more or less changes a step's sum by at most the
-clipping norm, as it does without; the noise and its cost stay what they are. An evaluation varies nothing.
+clipping norm, as it does without; the noise and its cost stay what they are. One patient more also moves the
+others' draws to a later place of the stream: there they are as uniform, and as independent of every coin, so
+the mixture over them is the same with and without that patient. An evaluation varies nothing.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ the same however the file is sorted or exported, and nobody without the secret c
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from common.errors import DataError, SiteError
 from common.schema import Coded, examine, missing_text, normal_text
 from common.study import Study
 from common.table import Positions, Table, Violation, refuse
+
+log = logging.getLogger("fedward.data")
 
 SHORTEST_SPLIT_KEY = 16  # bytes
 _LANE_RECORDS = 1024  # at a time
@@ -50,7 +53,7 @@ class Patients:
         labels: [records] or [records, …], see common/encoding.
         offsets: int64 [patients + 1]; patient p has the records offsets[p] … offsets[p + 1] - 1.
         hashes: each patient's keyed hash, by which a withdrawn one is found; None where nobody can be.
-        groups: int64 [records, columns of `Study.subgroup_columns`] (common/encoding); None without subgroups.
+        groups: int64 [records, columns of `Study.subgroup_columns`] (common/encoding), or None.
     """
 
     features: torch.Tensor
@@ -166,6 +169,8 @@ def load_records(folder: SiteFolder, study: Study, split_key: bytes) -> Records:
     violations += _repeated_rows(table, study, patients)
     coded, found = examine(table, study)
     refuse(table.origin, violations + found)
+    for each in _left_out(table, study):
+        log.warning("%s: left out: %s", table.origin, each)
 
     hashes = tuple(hmac.digest(split_key, patient.encode(), "sha256") for patient in ids)
     if part is None:
@@ -251,6 +256,16 @@ def _repeated_rows(table: Table, study: Study, patients: npt.NDArray[np.int64]) 
     twice = several[rows.duplicated(keep="first").to_numpy()]
     key = study.data.patient_key
     return [table.violation(key, "the same row again for the same patient", twice)] if len(twice) else []
+
+
+def _left_out(table: Table, study: Study) -> list[Violation]:
+    """What is wrong with files and texts whose records the study does without; it stays at the site."""
+    return [
+        table.violation(column.name, problem, positions)
+        for column in study.data.wide
+        if column.missing == "exclude"
+        for problem, positions in table.decoded[column.name].problems.items()
+    ]
 
 
 def _grouped(

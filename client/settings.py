@@ -93,7 +93,8 @@ class DataSource(Strict):
         dangling: what to do about resources of a patient or encounter who isn't there.
         columns: dictionary name → mapping, for those that differ.
         files: dictionary name → where the files are that the column's cells name.
-        max_bytes: refuse a larger file, whatever its header claims, and a larger result.
+        max_bytes: refuse a larger file, whatever its header claims, a larger result, and images, series,
+            texts or molecules that would come to more; training takes several times as much.
         max_records: refuse more records.
     """
 

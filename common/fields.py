@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,7 +19,9 @@ Interval = tuple[Finite, Finite]
 
 def rising(owner: str, field: str, interval: Interval | None) -> None:
     """Raises:
-    ValueError: if the interval's ends don't rise.
+    ValueError: if the interval's ends don't rise, or are further apart than float64 can tell.
     """
+    if interval is not None and math.isinf(interval[1] - interval[0]):
+        raise ValueError(f"{owner}: {field} is too wide, got {list(interval)}")
     if interval is not None and not interval[0] < interval[1]:
         raise ValueError(f"{owner}: {field} must rise, got {list(interval)}")

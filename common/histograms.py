@@ -127,10 +127,11 @@ def _sums(study: Study, scores: Array, labels: Array, weights: Array, bins: int)
         linear = study.data.label.untransformed
         known, true = linear(known).clip(-1.0, 1.0), linear(true).clip(-1.0, 1.0)
         quantiles = study.objective.quantiles
-        if not quantiles:
-            return _errors(known, true, weights, bins)
-        found = _errors(known[:, predicted_quantile(quantiles)], true, weights, bins)
-        return found | (_interval(known, true, weights) if len(quantiles) > 1 else {})
+        predicted = known[:, predicted_quantile(quantiles)] if quantiles else known
+        found = _errors(predicted, true, weights, bins)
+        if len(quantiles) > 1:
+            found |= _interval(known, true, weights)
+        return found | (_near(study, predicted, true, weights) if study.evaluation.tolerance else {})
     if study.objective.task == "survival":
         return survival.risk_sums(study, scores, labels, weights, bins)
     if study.objective.task == "multi-label":
@@ -189,6 +190,15 @@ def _interval(known: Array, labels: Array, weights: Array) -> dict[str, Cells]:
     return {"interval": Cells((2,), np.arange(2), np.array([(weights * each).sum() for each in told]))}
 
 
+def _near(study: Study, predictions: Array, labels: Array, weights: Array) -> dict[str, Cells]:
+    label = study.data.label
+    low = label.range[0] if label.range is not None else 0.0
+    value = low + (labels + 1) / 2 * label.width
+    allowed = np.abs(value) * (study.evaluation.tolerance or 0.0)
+    near = np.abs(predictions - labels) / 2 * label.width <= allowed
+    return {"near": Cells((1,), np.zeros(1, dtype=np.int64), np.array([(weights * near).sum()]))}
+
+
 def _subgroup_bins(bins: int) -> int:
     """Exact runs have many bins; a block for each group would swell messages."""
     return min(bins, MOST_SUBGROUP_BINS)
@@ -206,7 +216,8 @@ def histogram_shapes(study: Study, bins: int) -> dict[str, tuple[int, ...]]:
             return {"labels": (study.outputs, 2, bins)}
         if study.objective.task == "regression":
             shapes: dict[str, tuple[int, ...]] = {"errors": (bins,), "moments": (MOMENTS,)}
-            return shapes | ({"interval": (2,)} if len(study.objective.quantiles) > 1 else {})
+            shapes |= {"interval": (2,)} if len(study.objective.quantiles) > 1 else {}
+            return shapes | ({"near": (1,)} if study.evaluation.tolerance else {})
         return {"confidence": (2, bins), "classes": (study.outputs, 2, bins)}
 
     shapes = whole(bins)

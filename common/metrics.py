@@ -45,6 +45,7 @@ class Measured:
             in the label's unit. `rmse` is None where noise leaves the mean of squares no more than 0.
         median_absolute_error, absolute_error_90: that 50 % and 90 % of patients stay below; from the
             histogram, so no finer than its bins.
+        near: regression: share predicted to within `evaluation.tolerance` of the label's value.
         coverage: quantile regression: share of labels between the outermost quantiles; `interval_width`: the
             mean distance of these, in the label's unit.
         c_index: survival, see `common.survival.c_index`.
@@ -70,6 +71,7 @@ class Measured:
     bias: float | None = None
     median_absolute_error: float | None = None
     absolute_error_90: float | None = None
+    near: float | None = None
     coverage: float | None = None
     interval_width: float | None = None
     c_index: float | None = None
@@ -181,7 +183,7 @@ def value_ranges(study: Study) -> dict[str, tuple[float, float]]:
         width = study.data.label.width
         positive = ("mae", "rmse", "median_absolute_error", "absolute_error_90", "interval_width")
         ranges |= dict.fromkeys(positive, (0.0, width))
-        return ranges | {"bias": (-width, width), "coverage": (0.0, 1.0)}
+        return ranges | {"bias": (-width, width), "coverage": (0.0, 1.0), "near": (0.0, 1.0)}
     if study.objective.task == "survival":
         named = ("c_index", "brier", *(f"{n}@{h:g}" for n in ("brier", "survival") for h in study.horizons))
         return ranges | dict.fromkeys(named, (0.0, 1.0))
@@ -242,6 +244,8 @@ def values(study: Study, sums: Arrays, grid: Grid | None = None, together: bool 
 def _error_values(study: Study, sums: Arrays) -> dict[str, Array]:
     count, width = sums["errors"].sum(axis=-1), study.data.label.width
     found = {"patients": count, **curves.error_values(sums["errors"], sums["moments"], width)}
+    if "near" in sums:
+        found["near"] = curves.ratio(sums["near"][..., 0], count)
     if "interval" in sums:
         found["coverage"] = curves.ratio(sums["interval"][..., 0], count)
         found["interval_width"] = width * curves.ratio(sums["interval"][..., 1], count)

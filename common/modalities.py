@@ -138,7 +138,8 @@ class SeriesColumn(Strict):
         hours: from the record's beginning; later measurements are left out.
         step_hours: width of a cell of the grid.
         variables: in this order along the grid.
-        cell: which of several measurements in a cell counts.
+        cell: which of several measurements in a cell counts: their mean, or the last one (of several at one
+            time the largest).
         masks: after the values, for each variable 1 where the cell has a measurement of its own.
     """
 

@@ -201,6 +201,8 @@ class Evaluation(Strict):
             signed error, over the width of the label's range to either side. In survival: of bins of the
             risk, and about so many cells of time, so that noise grows faster with it (common/survival).
         horizons: survival: when the Brier score is taken; ends of the label's intervals. None: the last.
+        tolerance: regression: also tell how many are predicted to within this share of their label's value,
+            such as 0.2 of a dose.
         subgroups: categorical columns by whose codes the metrics are also told, of 32 codes at most. With
             n of them, noise grows by √(1 + n), because a patient counts in each.
         bands: numeric column → where its bands begin, but the first one's: `age = [40, 60]` also tells the
@@ -213,6 +215,7 @@ class Evaluation(Strict):
     bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 10
     subgroups: Annotated[tuple[Name, ...], Field(max_length=4)] = ()
     horizons: Annotated[tuple[Finite, ...], Field(max_length=3)] = ()
+    tolerance: Fraction | None = None
     bands: Annotated[
         dict[Name, Annotated[tuple[Finite, ...], Field(min_length=1, max_length=31)]], Field(max_length=4)
     ] = Field(default_factory=dict)
@@ -266,6 +269,12 @@ class Study(Strict):
                 raise ValueError(f"evaluation: bands of {name}, which is no single numeric column")
             if any(a >= b for a, b in pairwise(starts)):
                 raise ValueError(f"evaluation: bands of {name} must rise, got {list(starts)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tolerance_is_of_numbers(self) -> Self:
+        if self.evaluation.tolerance is not None and self.objective.task != "regression":
+            raise ValueError("evaluation: tolerance is for regression")
         return self
 
     @model_validator(mode="after")

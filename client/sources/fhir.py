@@ -122,6 +122,7 @@ class _Assembly:
         if not mine and kind not in self._keys:
             return
         if self._repeated(entry, kind):
+            self._named(f"{kind}/{identifier(resource)}", entry)  # each bundle may call it otherwise
             return
         if kind in self._keys and not self._noted(entry, kind):
             return
@@ -136,9 +137,12 @@ class _Assembly:
         own = identifier(entry.resource)
         if own is None:
             return False
-        content = hashlib.sha256(
-            json.dumps(entry.resource, sort_keys=True).encode("utf-8", "replace")
-        ).digest()
+        try:
+            text = json.dumps(entry.resource, sort_keys=True)
+        except RecursionError:
+            self._problem(f"resource {kind}", "nested too deeply", entry.file, entry.number)
+            return True
+        content = hashlib.sha256(text.encode("utf-8", "replace")).digest()
         before = self._seen.setdefault(f"{kind}/{own}", content)
         if before is content:
             return False
@@ -156,13 +160,20 @@ class _Assembly:
         name = f"{kind}/{own}"
         if kind == "Encounter" and not counts(entry.resource):
             return False
-        self._references.note(name, entry.url)
         kept = {key: value for key, value in entry.resource.items() if key in _KEPT}
         self._keys[kind][name] = replace(entry, resource=kept)
+        self._named(name, entry)
         if kind == "Patient":
             self._persons.note(name, entry.resource)
         self._bound()
         return True
+
+    def _named(self, name: str, entry: Entry) -> None:
+        """How others may refer to a Patient or Encounter that counts."""
+        kind = entry.resource["resourceType"]
+        if name in self._keys.get(kind, {}) and not self._references.note(name, entry.url):
+            problem = "the same fullUrl as another resource"
+            self._problem(f"resource {kind}", problem, entry.file, entry.number)
 
     def _add(self, name: str, column: FhirColumn, part: Resource, entry: Entry) -> None:
         resource, value, at = entry.resource, None, None
@@ -216,7 +227,16 @@ class _Assembly:
                 f"{self._export.origin}: no {self._source.fhir_rows.capitalize()} that counts",
                 remedy="export Patient resources, and Encounters where a row is one",
             )
-        return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
+        return pa.table({name: self._array(name, cells) for name, cells in columns.items()})
+
+    def _array(self, name: str, cells: list[str | None]) -> Any:
+        try:
+            return pa.array(cells, pa.string())
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise DataError(
+                f"{self._export.origin}: column {name} holds text that isn't Unicode",
+                remedy="export it again: FHIR R4 as JSON",
+            ) from None
 
     def _owners(self) -> dict[str, str]:
         """Each row's resource → its patient's main record, in the order of the export."""
@@ -294,6 +314,11 @@ class _Assembly:
                 lines.append(f"  resources {told}")
             else:
                 _log.warning("%s: left out: resources %s", self._export.origin, told)
+        if self._references.servers > 1:
+            lines.append(
+                f"  resources refer to {self._references.servers} servers by absolute addresses, where one "
+                "id may mean two patients"
+            )
         if not lines:
             return
         shown = lines[:VIOLATIONS_SHOWN] + (["  and more"] if len(lines) > VIOLATIONS_SHOWN else [])

@@ -38,7 +38,7 @@ _TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _SERIES_A_BATCH = 2048
 _BYTES_A_BATCH = 64 << 20
 _MOST_ROWS = 1 << 31
-_CLOCK = re.compile(r"([0-9]{1,5}):([0-5][0-9])(?::([0-5][0-9]))?")
+_CLOCK = re.compile(r"([0-9]{1,5}):([0-5][0-9])(?::([0-5][0-9])(?:\.0+)?)?")
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +63,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What a measurement's parameter means to the study.
 
     Attributes:
@@ -87,14 +87,22 @@ def measurements(
         SiteError: if [data.files.NAME.parameters] of site.toml doesn't fit the study.
         DataError: if the files or the table can't be opened at all.
     """
-    plan = _plan(column, files)
+    plan = plan_of(column, files)
     if path.suffix.lower() in _TABLES and not path.is_dir():
         yield from _from_table(plan, cells, path)
     else:
         yield from _from_files(plan, cells, path)
 
 
-def _plan(column: SeriesColumn, files: Files) -> _Plan:
+def plan_of(column: SeriesColumn, files: Files) -> Plan:
+    """Raises:
+    SiteError: if site.toml doesn't fit the study.
+    """
+    if not files.delimiter.isascii() or files.delimiter in '"\r\n\0':
+        raise SiteError(
+            f"site.toml: data.files.{column.name}: its delimiter cannot be used",
+            remedy="use a comma, semicolon or tab",
+        )
     variable: dict[str, int] = {}
     multiply, add = np.ones(len(column.variables)), np.zeros(len(column.variables))
     for i, each in enumerate(column.variables):
@@ -116,10 +124,10 @@ def _plan(column: SeriesColumn, files: Files) -> _Plan:
         if ours.multiply == 0.0:
             raise SiteError(f"{where}: multiply = 0 would erase every value", remedy="give the unit's factor")
         multiply[i], add[i] = ours.multiply, ours.add
-    return _Plan(column, files, variable, multiply, add)
+    return Plan(column, files, variable, multiply, add)
 
 
-def _from_files(plan: _Plan, cells: Sequence[str | None], path: Path) -> Iterator[Rows]:
+def _from_files(plan: Plan, cells: Sequence[str | None], path: Path) -> Iterator[Rows]:
     records: list[Sequence[int]] = []
     tables: list[Any] = []
     problems: dict[str, list[int]] = {}
@@ -180,7 +188,7 @@ def _parsed(content: bytes, files: Files) -> Any:
 
 
 def _batch(
-    plan: _Plan, records: Sequence[Sequence[int]], tables: Sequence[Any], problems: Mapping[str, list[int]]
+    plan: Plan, records: Sequence[Sequence[int]], tables: Sequence[Any], problems: Mapping[str, list[int]]
 ) -> Rows:
     series = np.repeat(np.arange(len(records)), [t.num_rows for t in tables])
     text = pa.concat_tables(tables)
@@ -189,7 +197,7 @@ def _batch(
     return _rows(plan, records, series, parts, told)
 
 
-def _from_table(plan: _Plan, cells: Sequence[str | None], path: Path) -> Iterator[Rows]:
+def _from_table(plan: Plan, cells: Sequence[str | None], path: Path) -> Iterator[Rows]:
     text = _long_table(plan.files, path)
     named = normal_text(pa.array(cells, pa.string()))
     keys = pc.unique(named).drop_null()
@@ -234,7 +242,7 @@ def _long_table(files: Files, path: Path) -> dict[str, Any]:
 
 
 def _rows(
-    plan: _Plan,
+    plan: Plan,
     records: Sequence[Sequence[int]],
     series: Ints,
     parts: Sequence[Any],

@@ -7,6 +7,7 @@ from a cell.
 from __future__ import annotations
 
 import errno
+import lzma
 import os
 import stat
 import tarfile
@@ -20,11 +21,11 @@ ABSENT = "the file that it names is absent"
 UNREADABLE = "the file that it names cannot be read"
 NOT_PLAIN = "what it names is a link or a folder, not a file"
 OUTSIDE = "what it names lies outside of the files' folder"
-AMBIGUOUS = "it names several files of the archive; name their folder, too"
+_AMBIGUOUS = "it names several files of the archive"
 
 Named = tuple[Sequence[int], "bytes | str"]
 _SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_BROKEN = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError)
+BROKEN_ARCHIVE = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, OverflowError)
 
 
 def too_large(max_bytes: int) -> str:
@@ -41,13 +42,14 @@ def named_files(
     """Every distinct file that cells name, once: positions of its records, and its bytes or what is wrong.
 
     Args:
-        path: a folder; or a .tar, .tar.gz or .tgz, where a name without its folder will do.
+        path: a folder; or a .tar, .tar.gz or .tgz, where a name without its folder will do if it fits one
+            file only.
         cells: each record's name of a file, relative and with `/`; None where it names none.
         max_bytes: of one file.
         endings: that a cell may leave away, tried in this order.
 
     Raises:
-        DataError: if the folder or the archive can't be opened at all.
+        DataError: if the folder or the archive can't be opened at all, or a name fits several files.
     """
     positions: dict[str, list[int]] = {}
     for i, cell in enumerate(cells):
@@ -112,15 +114,24 @@ def _from_archive(
             members = archive.getmembers()
             find = _finder(members, endings)
             found = {cell: find(cell) for cell in positions}
+            _refuse_ambiguous(path, found)
             place = {member.name: i for i, member in enumerate(members)}
             # in the archive's order: a compressed one can't go back cheaply
             for cell in sorted(found, key=lambda c: _order(found[c], place)):
                 member = found[cell]
                 content = member if isinstance(member, str) else _member(archive, member, max_bytes)
                 yield positions[cell], content
-    except _BROKEN as failure:
+    except BROKEN_ARCHIVE as failure:
         reason = getattr(failure, "strerror", None) or "damaged, or no tar archive"
         raise DataError(f"{path}: cannot be read ({reason})", remedy="copy or pack it again") from None
+
+
+def _refuse_ambiguous(path: Path, found: Mapping[str, tarfile.TarInfo | str]) -> None:
+    """No problem of single records: which are left out would hang on other patients' files."""
+    count = sum(member == _AMBIGUOUS for member in found.values())
+    if count:
+        names = "1 name in the table fits" if count == 1 else f"{count} names in the table fit"
+        raise DataError(f"{path}: {names} several files of it", remedy="name their folders, too")
 
 
 def _order(member: tarfile.TarInfo | str, place: Mapping[str, int]) -> int:
@@ -158,7 +169,7 @@ def _finder(
         for name in names:
             same = last.get(name, [])
             if same:
-                return same[0] if len(same) == 1 else AMBIGUOUS
+                return same[0] if len(same) == 1 else _AMBIGUOUS
         return ABSENT
 
     return find

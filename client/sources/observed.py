@@ -55,11 +55,11 @@ def counts(resource: Resource) -> bool:
     """Whether the resource stands: no draft, no mistake, nothing refuted, no order not to do something."""
     kind, status = resource["resourceType"], resource.get("status")
     if kind == "Observation":
-        return status in _OBSERVED
+        return str(status) in _OBSERVED
     if kind == "Condition":
-        said = {c.get("code") for c in children(child(resource, "verificationStatus"), "coding")}
+        said = {str(c.get("code")) for c in children(child(resource, "verificationStatus"), "coding")}
         return not said & _DENIED
-    return status not in _VOID.get(kind, frozenset()) and resource.get("doNotPerform") is not True
+    return str(status) not in _VOID.get(kind, frozenset()) and resource.get("doNotPerform") is not True
 
 
 def coded(concept: Any, column: FhirColumn) -> bool:
@@ -130,9 +130,15 @@ def _check_unit(quantity: dict[str, Any], unit: str | None) -> None:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unfit("its number is none")
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # of a whole number
+        raise Unfit("its number is too large") from None
+    if not math.isfinite(found):
+        raise Unfit("its number is too large")
+    return found
 
 
 def moment(text: Any) -> datetime | None:

@@ -17,34 +17,48 @@ _SECONDARY = frozenset({"replaced-by", "refer"})
 class References:
     """Which resource a reference means, of those that were noted.
 
-    `Type/id` in any export; a bundle's `fullUrl`; an absolute address without one only as long as all of
-    them point at one server, since two servers may give one id to two patients.
+    `Type/id` in any export; a bundle's `fullUrl`; an absolute address that is no `fullUrl` only as long as
+    it and all others lead to one server, since two servers may give one id to two patients. That they don't
+    concerns the export as a whole: who is whose must not hang on what other patients' resources say.
     """
 
     def __init__(self) -> None:
         self._urls: dict[str, str] = {}
         self._known: set[str] = set()
-        self._base: str | None = None
+        self._bases: set[str] = set()
+        self._guessed = False
 
-    def note(self, own: str, url: str | None) -> None:
-        """Remember a resource, `Type/id`, and its `fullUrl`."""
+    @property
+    def servers(self) -> int:
+        """To how many absolute addresses lead, once one was taken for a known resource by its id alone."""
+        return len(self._bases) if self._guessed else 0
+
+    def note(self, own: str, url: str | None) -> bool:
+        """Remember a resource, `Type/id`, and its `fullUrl`; False if that is another one's already."""
         self._known.add(own)
-        if url is not None:
-            self._urls[url] = own
+        if url is None:
+            return True
+        parts = _RELATIVE.fullmatch(url)
+        if parts is not None and parts["base"]:
+            self._bases.add(parts["base"])
+        return self._urls.setdefault(url, own) == own
 
     def find(self, told: str | None) -> str | None:
-        """`Type/id` of what is referred to; None if it isn't there."""
+        """`Type/id` of what is referred to; None if it isn't there. To be trusted if `servers` is below 2."""
         if told is None:
             return None
         if told in self._urls:
             return self._urls[told]
         parts = _RELATIVE.fullmatch(told)
-        if parts is None or parts["own"] not in self._known:
+        if parts is None:
+            return None
+        if (whole := parts["base"] + parts["own"]) in self._urls:  # a version of it
+            return self._urls[whole]
+        if parts["own"] not in self._known:
             return None
         if parts["base"]:
-            self._base = self._base or parts["base"]
-            if parts["base"] != self._base or self._urls:
-                return None
+            self._guessed = True
+            self._bases.add(parts["base"])
         return parts["own"]
 
 
@@ -61,7 +75,7 @@ class Persons:
         self._parent[own] = own
         for link in children(patient, "link"):
             self._links.append((own, reference(link, "other")))
-            if link.get("type") in _SECONDARY:
+            if str(link.get("type")) in _SECONDARY:
                 self._secondary.add(own)
 
     def join(self, references: References) -> None:

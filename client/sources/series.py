@@ -54,15 +54,17 @@ def grid(column: SeriesColumn, rows: Rows) -> npt.NDArray[np.float32]:
     inside = np.flatnonzero((rows.hours >= 0) & (rows.hours < column.hours))
     step = np.floor(rows.hours[inside] / column.step_hours + _ROUNDING).astype(np.int64).clip(0, steps - 1)
     cell = (rows.series[inside] * steps + step) * variables + rows.variable[inside]
+    # of two at one time the larger counts: the order of lines leaves no trace, nor do roundings of sums
+    order = np.lexsort((rows.value[inside], rows.hours[inside], cell))
+    cell, value = cell[order], rows.value[inside][order]
+    ends = np.flatnonzero(np.diff(cell, append=-1))
+    measured = cell[ends]
     if column.cell == "last":
-        order = np.lexsort((rows.hours[inside], cell))  # stable: of two at one time the later line counts
-        ends = np.flatnonzero(np.diff(cell[order], append=-1))
-        measured, number = cell[order[ends]], rows.value[inside][order[ends]]
+        number = value[ends]
     else:
-        measured, which = np.unique(cell, return_inverse=True)
-        number = np.bincount(which, rows.value[inside], len(measured)) / np.bincount(
-            which, minlength=len(measured)
-        )
+        counts = np.diff(ends, prepend=-1)
+        which = np.repeat(np.arange(len(measured)), counts)
+        number = np.bincount(which, value, len(measured)) / counts
     low, high = np.array([v.interval for v in column.variables]).T
     default = np.array(
         [sum(v.interval) / 2 if v.default is None else v.default for v in column.variables], dtype=np.float64

@@ -79,9 +79,9 @@ class _Reading:
 
     def rows(self) -> Any:
         """The result as a pyarrow Table of text."""
+        self._until = time.monotonic() + self._source.max_seconds
         with self._connected() as connection:
-            if self._server is not None:
-                self._parsed(connection)
+            self._parsed(connection)
             with self._told():
                 streamed = connection.execution_options(stream_results=True, max_row_buffer=_CHUNK)
                 result = streamed.exec_driver_sql(self._query)
@@ -136,31 +136,43 @@ class _Reading:
     def _sqlite(self) -> sqlite3.Connection:
         path = quote(str(self._folder.data_path.absolute()))
         connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        self._until = time.monotonic() + self._source.max_seconds
         connection.set_progress_handler(lambda: time.monotonic() > self._until, _STEPS_A_LOOK)
         connection.execute("PRAGMA query_only = ON")
         return connection
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the database says is told by kind and line: its own words may quote a value."""
+    def _told(self, reads: bool = True) -> Iterator[None]:
+        """What the database says is told by kind and line: its own words may quote a value.
+
+        Args:
+            reads: whether rows are looked at.
+        """
         failure: FedwardError | None = None
         try:
             yield
         except DBAPIError as error:
-            failure = self._failure(error)
+            failure = self._failure(error, reads)
         except SQLAlchemyError:
             failure = DataError(f"{self.origin}: cannot be read", remedy="try the query in another client")
         except UnicodeDecodeError:
             failure = DataError(f"{self.origin}: holds text that isn't UTF-8", remedy="convert it")
         if failure is not None:
-            raise failure
+            raise failure from None
 
     def _parsed(self, connection: sa.Connection) -> None:
-        driver: Any = connection.connection.driver_connection
-        wrong = parse(driver, self._query)
-        if wrong is not None:
-            raise self._wrong(*wrong)
+        """Have the database look at the query's words and at no row.
+
+        Raises:
+            SiteError: if they are wrong. Later failures are the data's, whatever the database calls them.
+        """
+        if self._server is not None:
+            driver: Any = connection.connection.driver_connection
+            wrong = parse(driver, self._query)
+            if wrong is not None:
+                raise self._wrong(*wrong)
+            return
+        with self._told(reads=False):
+            connection.exec_driver_sql(f"EXPLAIN {self._query}").close()
 
     def _wrong(self, kind: str, line: str) -> SiteError:
         return SiteError(
@@ -168,21 +180,23 @@ class _Reading:
             remedy="give one SELECT there; names of tables and columns must be the database's",
         )
 
-    def _failure(self, error: DBAPIError) -> FedwardError:
+    def _failure(self, error: DBAPIError, reads: bool) -> FedwardError:
         kind = unsound(error)
         if kind in WRITING:
             kind = WRITES
         if kind in ("took too long", "QueryCanceled"):
-            return DataError(
-                f"{self.origin}: the query took longer than {self._source.max_seconds} s",
-                remedy="make it faster, or raise max_seconds in site.toml",
-            )
-        # Where it would write is found when rows have been looked at: that is no fault of the query's words.
-        line = sqlite_line(error, self._query) if self._server is None and kind != WRITES else None
+            return self._late()
+        line = None if reads else sqlite_line(error, self._query)
         if line is not None:
             return self._wrong(kind, line)
         return DataError(
             f"{self.origin}: the query fails ({kind})", remedy="run it in another client and mend it"
+        )
+
+    def _late(self) -> DataError:
+        return DataError(
+            f"{self.origin}: the query took longer than {self._source.max_seconds} s",
+            remedy="make it faster, or raise max_seconds in site.toml",
         )
 
     @contextmanager
@@ -221,6 +235,8 @@ class _Reading:
                     f"{self.origin}: the query gives more than {self._source.max_bytes} bytes",
                     remedy="narrow the query, or raise max_bytes in site.toml if memory allows it",
                 )
+            if time.monotonic() > self._until:  # a server's own limit begins anew with every chunk
+                raise self._late()
             batches.append(pa.record_batch(columns, schema=schema))
         if not records:
             raise DataError(f"{self.origin}: the query gives no records", remedy="check its conditions")

@@ -15,7 +15,7 @@ from client.sources.bounded import opened
 from client.sources.columnar import Locate, read_parquet
 from client.sources.delimited import read_csv
 from client.sources.fhir import read_fhir
-from client.sources.wide import decode
+from client.sources.wide import check, decode
 from common.dictionary import CategoricalColumn, Column, NumericColumn
 from common.errors import DataError, SiteError
 from common.features import normal_code
@@ -36,6 +36,7 @@ def read_table(folder: SiteFolder, study: Study) -> Table:
         SiteError: if the mapping in site.toml doesn't fit the study or the table.
         DataError: if the data are absent, too large, damaged, or lack a column.
     """
+    check(folder, study)
     plan = _Plan(folder, study)
     rows, place, locate, origin = _rows(folder, study, plan.wanted)
     columns = plan.apply(rows, origin)

@@ -22,6 +22,7 @@ _LONGEST_NUMBER = 4
 _LONG_NUMBER = "#"
 _TOKEN = re.compile(r"\d+|[^\W\d_]+")
 _PIECE = 3
+_IOTA = "\N{COMBINING GREEK YPOGEGRAMMENI}"  # the only accent that lower case makes a letter of
 
 
 def read(column: TextColumn, cells: Sequence[str | None], where: Where | None) -> Decoded:
@@ -55,6 +56,8 @@ def token_ids(text: str, column: TextColumn) -> list[int]:
 
 def normalised(text: str) -> str:
     """Lower case, compatible forms made one (NFKD, Unicode Standard Annex 15), accents off."""
+    if not text.isascii():  # accents first: to put a long row of them in order takes its square
+        text = "".join(c for c in text if c == _IOTA or not unicodedata.combining(c))
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return plain if plain.isascii() else "".join(c for c in plain if not unicodedata.combining(c))
 

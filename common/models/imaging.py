@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from common.models.registry import Shape, register
 
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Stages = Annotated[tuple[Channels, ...], Field(min_length=1, max_length=8)]
+Pooling = Literal["mean", "none"]
 
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOLINGS = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -27,9 +29,9 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def convolutions(image: Block, channels: tuple[int, ...]) -> nn.Module:
+def convolutions(image: Block, channels: tuple[int, ...], pooling: Pooling = "mean") -> nn.Module:
     """Features [records, image.width] to the mean of each of the last stage's channels, [records,
-    channels[-1]].
+    channels[-1]], or to all that is left of them.
 
     Raises:
         StudyError: if the image is too small for so many stages.
@@ -48,20 +50,29 @@ def convolutions(image: Block, channels: tuple[int, ...]) -> nn.Module:
     parts: list[tuple[str, nn.Module]] = [
         ("image", nn.Unflatten(1, image.shape)),
         ("stages", nn.Sequential(*stages)),
-        ("mean", _MEANS[spatial](1)),
-        ("flat", nn.Flatten()),
     ]
-    return nn.Sequential(OrderedDict(parts))
+    if pooling == "mean":
+        parts.append(("mean", _MEANS[spatial](1)))
+    return nn.Sequential(OrderedDict([*parts, ("flat", nn.Flatten())]))
 
 
 @register("cnn")
 def cnn(
-    shape: Shape, channels: Stages = (16, 32, 64), hidden: Annotated[int, Field(ge=0, le=65_536)] = 0
+    shape: Shape,
+    channels: Stages = (16, 32, 64),
+    hidden: Annotated[int, Field(ge=0, le=65_536)] = 0,
+    pooling: Pooling = "mean",
 ) -> nn.Module:
     """Stages of convolution (3 wide), GroupNorm, ReLU and max-pooling (2), in 2-D or 3-D as the image is;
-    then the mean over what is left of each channel, `hidden` units if any, and the outputs."""
-    parts: list[tuple[str, nn.Module]] = [("body", convolutions(shape.only("image"), channels))]
+    then the mean over what is left of each channel, `hidden` units if any, and the outputs.
+
+    `pooling = "none"` keeps each place of what is left, for images that are all taken in one position.
+    """
+    image = shape.only("image")
+    parts: list[tuple[str, nn.Module]] = [("body", convolutions(image, channels, pooling))]
     inputs = channels[-1]
+    if pooling == "none":
+        inputs *= math.prod(side >> len(channels) for side in image.shape[1:])
     if hidden:
         parts += [("hidden", nn.Linear(inputs, hidden)), ("relu", nn.ReLU())]
         inputs = hidden

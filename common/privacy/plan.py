@@ -174,7 +174,8 @@ def histogram_sensitivity(study: Study) -> float:
     sum to at most 3: 1 + u² + u⁴ + 16 u² (1 - u)² ≤ 3, because 2 - u² - u⁴ = (1 - u)(1 + u)(2 + u²) and
     16 u² (1 - u) ≤ 64/27 wherever u is, which (1 + u)(2 + u²) exceeds from u = 0.2 on, and below that
     16 u² (1 - u) < 0.52. An error of the whole width reaches it: √3. Of two quantiles or more one unit if the
-    label is within their interval, and its width, a share of the range, more: at most √(3 + 2).
+    label is within their interval, and its width, a share of the range, more: at most √(3 + 2). With
+    `evaluation.tolerance` one unit more if the prediction is near: √(3 + 1), or √(5 + 1).
 
     Multi-label: one unit in each label's histogram, √L with L of them. Survival: one unit in one cell of time
     and risk, and one squared error, at most 1, for each of H horizons: √(1 + H).
@@ -185,7 +186,8 @@ def histogram_sensitivity(study: Study) -> float:
     if study.objective.task == "binary":
         whole = 1.0
     elif study.objective.task == "regression":
-        whole = math.sqrt(5 if len(study.objective.quantiles) > 1 else 3)
+        squares = 5 if len(study.objective.quantiles) > 1 else 3
+        whole = math.sqrt(squares + (study.evaluation.tolerance is not None))
     elif study.objective.task == "multi-label":
         whole = math.sqrt(study.outputs)
     elif study.objective.task == "survival":

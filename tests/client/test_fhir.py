@@ -220,7 +220,7 @@ def test_references_of_every_form_and_overlapping_bundles(tmp_path: Path) -> Non
     two_servers = ndjson(
         patient("a"), pulse("https://emr/Patient/a", 70), pulse("https://other/Patient/a", 70)
     )
-    assert "resources refer to no patient or encounter that counts, once (export.ndjson line 3)" in told(
+    assert "resources refer to 2 servers by absolute addresses" in told(
         site(tmp_path / "two", {"export.ndjson": two_servers})
     )
 

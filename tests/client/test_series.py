@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from client.settings import Files
 from client.sources import measurements, series
-from client.sources.named import AMBIGUOUS, NOT_PLAIN, OUTSIDE, named_files
+from client.sources.named import NOT_PLAIN, OUTSIDE, named_files
 from client.sources.wide import Where
 from common.errors import DataError, SiteError
 from common.modalities import SeriesColumn
@@ -78,7 +78,7 @@ def slowly(of: SeriesColumn, rows: Sequence[tuple[float, str, float]]) -> np.nda
                 and math.floor(hours / of.step_hours + 1e-9) == s
             ]
             if here and of.cell == "last":
-                last = max(here)[2]
+                last = max(here, key=lambda row: (row[0], row[2]))[2]
             elif here:
                 last = math.fsum(value for _, _, value in here) / len(here)
             values.append(min(3.0, max(-3.0, 2 * (last - low) / (high - low) - 1)))
@@ -312,13 +312,14 @@ def test_members_that_cannot_be_had(tmp_path: Path) -> None:
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-    found = read(path, ["1", "a/1", "./b/1.txt", "2", "../a/1", "gone", "a"], max_bytes=100)
+    found = read(path, ["b/1", "a/1", "./b/1.txt", "2", "../a/1", "gone", "a"], max_bytes=100)
     problems = {int(p): problem for problem, each in found.problems.items() for p in each}
-    assert problems[0] == AMBIGUOUS
     assert problems[3].startswith("the file that it names is larger")
     assert problems[4] == OUTSIDE
     assert problems[5] == problems[6] == "the file that it names is absent"
-    assert set(problems) == {0, 3, 4, 5, 6}
+    assert set(problems) == {3, 4, 5, 6}
+    with pytest.raises(DataError, match="1 name in the table fits several files of it"):
+        read(path, ["1", "a/1"])
     assert list(read(tmp_path / "links.tar", ["link", "folder", "dev"]).problems) == [NOT_PLAIN]
 
 

@@ -7,7 +7,6 @@ name it, in words of client/sources/images/problems. What becomes of one record 
 from __future__ import annotations
 
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from client.sources.images import arrays, nifti
-from client.sources.images.problems import EMPTY_FOLDER, NOT_A_SLICE, UNREADABLE, Unfit
+from client.sources.images.problems import (
+    EMPTY_FOLDER,
+    MOST_NUMBERS,
+    NOT_A_SLICE,
+    TOO_MANY_NUMBERS,
+    UNREADABLE,
+    Unfit,
+)
 from client.sources.images.shaping import Floats, fitted
-from client.sources.named import is_archive, named_files
+from client.sources.named import BROKEN_ARCHIVE, is_archive, named_files
 from common.errors import DataError
 from common.modalities import ImageColumn
 from common.table import Decoded
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from client.sources.wide import Where
 
 _GZIP = b"\x1f\x8b"
+_MOST_HELD = 4 * MOST_NUMBERS  # of slices whose volumes aren't complete
 Found = Iterator[tuple[Sequence[int], Floats | str]]  # positions of records, and their image or its problem
 
 
@@ -79,6 +86,7 @@ class _Stack:
     slices: list[Slice] = field(default_factory=list)
     problem: str | None = None
     seen: int = 0
+    numbers: int = 0
 
 
 def _files(column: ImageColumn, cells: Sequence[str | None], where: Where) -> Found:
@@ -92,15 +100,23 @@ def _files(column: ImageColumn, cells: Sequence[str | None], where: Where) -> Fo
     for cell, names in folders.items():
         if not names:
             yield positions[cell], EMPTY_FOLDER
-    accept = where.files.burned_in == "accept"
+    accept, held = where.files.burned_in == "accept", 0
     for places, content in named_files(where.path, [name for _, name in wanted], where.files.max_bytes):
         for cell in [wanted[place][0] for place in places]:
             stack = stacks.get(cell)
             if stack is None:
                 yield positions[cell], _decoded(content, column, accept)
                 continue
+            before = stack.numbers
             _add(stack, content, column, accept)
+            held += stack.numbers - before
+            if held > _MOST_HELD:
+                raise DataError(
+                    f"{where.path}: mixes the slices of many folders, more than can be held at a time",
+                    remedy="pack one folder after the other",
+                )
             if stack.seen == stack.count:
+                held -= stack.numbers
                 yield positions[cell], _volume(stacks.pop(cell))
 
 
@@ -141,13 +157,18 @@ def _add(stack: _Stack, content: bytes | str, column: ImageColumn, accept_burned
     from client.sources.images import dicom
 
     try:
-        stack.slices += dicom.slices(content, column, accept_burned_in)
+        found = dicom.slices(content, column, accept_burned_in)
+        stack.numbers += sum(each.image.size for each in found)
+        if stack.numbers > MOST_NUMBERS:  # before all of them are held
+            raise Unfit(TOO_MANY_NUMBERS)
+        stack.slices += found
     except Unfit as problem:
         stack.problem = str(problem)
     except Exception:  # as in `_tried`
         stack.problem = UNREADABLE
     if stack.problem is not None:
         stack.slices.clear()
+        stack.numbers = 0
 
 
 def _volume(stack: _Stack) -> Floats | str:
@@ -194,7 +215,7 @@ def _folders_of_archive(path: Path, cells: Sequence[str]) -> Mapping[str, list[s
                 for cell in wanted.get(str(name.parent), ()):
                     if not member.isdir() and _is_slice(name.name):
                         found.setdefault(cell, {})[str(name)] = None
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, OverflowError) as failure:
+    except BROKEN_ARCHIVE as failure:
         reason = getattr(failure, "strerror", None) or "damaged, or no tar archive"
         raise DataError(f"{path}: cannot be read ({reason})", remedy="copy or pack it again") from None
     return {cell: list(names) for cell, names in found.items()}

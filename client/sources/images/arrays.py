@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from client.sources.wide import Where
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_BROKEN = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def rows(
@@ -68,6 +66,8 @@ def _array(path: Path, name: str, max_bytes: int) -> npt.NDArray[Any]:
                 )
             with archive.open(f"{name}.npy") as file:
                 shape, _, kind = _HEADERS[npy.read_magic(file)](file)
+            if min(shape, default=0) < 0:
+                raise ValueError
             if kind.kind not in "buif":
                 raise DataError(f"{path}: array {name} holds no numbers", remedy="store pixels as numbers")
             if math.prod(shape) * kind.itemsize > max_bytes:
@@ -77,6 +77,8 @@ def _array(path: Path, name: str, max_bytes: int) -> npt.NDArray[Any]:
                 )
             with archive.open(f"{name}.npy") as file:
                 return np.asarray(npy.read_array(file, allow_pickle=False))
-    except (*_BROKEN, KeyError) as failure:
+    except (DataError, MemoryError):
+        raise
+    except Exception as failure:  # numpy raises anything at a strange header
         reason = getattr(failure, "strerror", None) or "damaged, or no NPZ file"
         raise DataError(f"{path}: cannot be read ({reason})", remedy="save the arrays again") from None

@@ -161,11 +161,11 @@ def _slice(header: pydicom.Dataset, frame: int, stored: npt.NDArray[Any], column
     if header.PhotometricInterpretation in _GREY:
         rescale = _group(header, frame, "PixelValueTransformationSequence", "RescaleSlope")
         with np.errstate(all="ignore"):
-            if rescale is not None:
-                found = stored.astype(np.float64) * float(rescale.RescaleSlope)
-                found = found + float(rescale.RescaleIntercept)
-            else:
+            if rescale is None and header.get("ModalityLUTSequence"):
                 found = apply_modality_lut(stored, header)
+            else:
+                slope, intercept = _linear(header if rescale is None else rescale)
+                found = stored.astype(np.float64) * slope + intercept
         image = channels_first(found, 2)
         if header.PhotometricInterpretation == _INVERTED:
             image = np.asarray(column.range[0] + column.range[1] - image, dtype=np.float32)
@@ -177,6 +177,21 @@ def _slice(header: pydicom.Dataset, frame: int, stored: npt.NDArray[Any], column
         _numbers(position or alone, "ImagePositionPatient", 3),
         _numbers(orientation or alone, "ImageOrientationPatient", 6),
     )
+
+
+def _linear(item: pydicom.Dataset) -> tuple[float, float]:
+    """Slope and intercept; pydicom's own `apply_rescale` ignores one that stands without the other.
+
+    Raises:
+        Unfit: if the slope is 0.
+    """
+    slope, intercept = (
+        default if value in (None, "") else float(value)
+        for value, default in ((item.get("RescaleSlope"), 1.0), (item.get("RescaleIntercept"), 0.0))
+    )
+    if slope == 0:
+        raise Unfit(UNREADABLE)
+    return slope, intercept
 
 
 def _group(header: pydicom.Dataset, frame: int, sequence: str, keyword: str) -> pydicom.Dataset | None:

@@ -8,7 +8,14 @@ import zlib
 
 import numpy as np
 
-from client.sources.images.problems import MOST_NUMBERS, TOO_MANY_NUMBERS, UNREADABLE, Unfit, dimensions
+from client.sources.images.problems import (
+    MOST_NUMBERS,
+    ORIENTATION,
+    TOO_MANY_NUMBERS,
+    UNREADABLE,
+    Unfit,
+    dimensions,
+)
 from client.sources.images.shaping import Floats, oriented
 
 _HEADERS = {b"n+1\0": (344, 1), b"n+2\0": (4, 2)}  # magic → where it stands, version
@@ -58,6 +65,10 @@ def volume(content: bytes, wanted: int) -> Floats:
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)  # nibabel sets it when first imported
     kind = nibabel.Nifti1Image if version_of(content) == 1 else nibabel.Nifti2Image
     image = kind.from_bytes(content)
+    if image.get_data_dtype().kind not in "iuf":
+        raise Unfit(UNREADABLE)
+    if not (int(image.header["qform_code"]) or int(image.header["sform_code"])):
+        raise Unfit(ORIENTATION)
     shape = [int(n) for n in image.shape]
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
