@@ -5,26 +5,26 @@ They need site folders whose patients the auditor may see: public data, or an au
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy as np
 import torch
 
 from client.cohort import Patients, load_cohort
 from client.settings import SiteFolder
 from common.errors import StudyError
 from common.study import Study
-from simulations.audit.inversion import Picture, invert
+from simulations.audit.inversion import Picture, invert, picture_shape
 from simulations.audit.membership import Membership, membership
 from simulations.audit.plots import log_log, pictures
 from simulations.audit.reconstruction import Imprint, imprint
 from simulations.audit.shadows import NO_SECRET, pool_of
 
 MODELS = 128  # shadow models
-PICTURES = 1  # records of a site in the inversion
+_PICTURE_PIXELS = 184  # of a picture's shorter side on the page, or so
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,11 @@ def attack(study: Study, sites: Sequence[SiteFolder], models: int = MODELS) -> A
     except StudyError as error:
         skipped.append(f"reconstruction by a planted first layer: {error.message}")
     found: tuple[Picture, ...] = ()
-    if math.isqrt(pool.features.shape[1]) ** 2 == pool.features.shape[1] and study.model.name == "mlp":
-        found = invert(study, [_first(each, PICTURES) for each in training])
-    else:
-        skipped.append("gradient inversion: it takes an mlp on square pictures")
+    try:
+        picture_shape(study)
+        found = invert(study, [_one_record(each) for each in training])
+    except StudyError as error:
+        skipped.append(f"gradient inversion: {error.message}")
     return Attacks(members, unprotected, imprints, found, tuple(skipped))
 
 
@@ -88,10 +89,14 @@ def without_privacy(study: Study) -> Study:
     return study.model_copy(update={"privacy": none, "statistics": None})
 
 
-def _first(patients: Patients, count: int) -> Patients:
-    kept = patients.offsets[: count + 1]
-    rows = int(kept[-1])
-    return Patients(patients.features[:rows], patients.labels[:rows], torch.clone(kept))
+def _one_record(patients: Patients) -> Patients:
+    """The first patient who has one record only, else the first record of the first patient: the attacker's
+    best case."""
+    single = torch.nonzero(patients.offsets.diff() == 1).flatten().tolist()
+    row = int(patients.offsets[single[0]]) if single else 0
+    return Patients(
+        patients.features[row : row + 1], patients.labels[row : row + 1], torch.arange(2, dtype=torch.int64)
+    )
 
 
 def sections(found: Attacks) -> Iterator[str]:
@@ -109,9 +114,37 @@ def sections(found: Attacks) -> Iterator[str]:
             f"</thead><tbody>{rows}</tbody></table>"
         )
     if found.pictures:
-        shown = {"original": found.pictures[0].original[None]}
-        shown |= {each.protection: each.found[None] for each in found.pictures}
-        yield "<h2>Gradient inversion</h2>" + pictures(shown, title="An original, and what was rebuilt of it")
+        yield "<h2>Gradient inversion</h2>" + _pictures(found.pictures)
+
+
+def _pictures(found: Sequence[Picture]) -> str:
+    """Table, and pictures side by side."""
+    original = found[0].original
+    rows = "".join(
+        f"<tr><td>{escape(each.protection)}</td>"
+        f"<td class=n>{'' if each.epsilon is None else format(each.epsilon, 'g')}</td>"
+        f"<td class=n>{each.records}</td><td class=n>{each.correlation:.2f}</td>"
+        f"<td class=n>{each.psnr:.1f} dB</td></tr>"
+        for each in found
+    )
+    guessed = found[0].guessed
+    if guessed is not None:
+        rows += (
+            "<tr><td>guessing: the mean of other sites' pictures</td><td></td><td></td>"
+            f"<td class=n>{guessed:.2f}</td><td></td></tr>"
+        )
+    drawn = pictures(
+        {"": np.stack([original, *(each.found for each in found)])},
+        columns=["original", *(each.protection for each in found)],
+        title="An original, and what was rebuilt of it",
+        scale=max(1, round(_PICTURE_PIXELS / min(original.shape))),
+    )
+    return (
+        "<p>One record of a site, looked for in the gradient of one step; the attacker knows the labels.</p>"
+        "<table><thead><tr><th>Protection</th><th class=n>ε</th><th class=n>records in the update</th>"
+        "<th class=n>correlation with the original</th><th class=n>peak signal to noise</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>{drawn}"
+    )
 
 
 def _members(found: Attacks) -> str:

@@ -31,7 +31,7 @@ from common.study import Study
 HUGE = 1e6  # a canary's feature; what its gradient has outside of its column is smaller by so much
 FIRST = "0.weight"
 WIDE, WIDE_PATIENTS = 24, 12
-CAP = 6  # records of a patient in a step, at most; what a study says beyond it works alike
+CAP = 3  # records of a patient in a step, at most; what a study says beyond it works alike
 FAMILIES = ("logistic-regression", "linear-svm", "mlp")
 
 Family = Literal["logistic-regression", "linear-svm", "mlp"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 from common.console import JsonOption, Speaker, speaking
 from common.errors import CertificateError, FedwardError
+from common.files import canonical_json, write_atomic
 from common.keys import PublicKey, read_public_key
 from common.privacy.certificate import Certificate
 from common.study import load_study
@@ -136,6 +137,9 @@ def run(
         Path | None,
         typer.Option(help="Folder of sites whose records may be read: attack members and records too."),
     ] = None,
+    shadows: Annotated[
+        int | None, typer.Option(help="Shadow models of the attack on members; 128 if not said.", min=8)
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="More canaries and steps: tighter bounds.")] = False,
     deployed: Annotated[
         bool, typer.Option("--deployed", help="Through the sockets of served vaults, not in this process.")
@@ -158,6 +162,8 @@ def run(
         asked = load_study(study if study.exists() else ready_study(str(study)))
         cohorts = [place.folder() for place in find_sites(sites, out)] if sites else []
         size = FULL if full else SHORT
+        if shadows is not None:
+            size = replace(size, shadows=shadows)
         found = audit(asked, public_size, size=size, deployed=deployed, cohorts=cohorts)
         out.mkdir(parents=True, exist_ok=True)
         page = write_report(out, found, make_signing_key(key or out / "auditor.pem"))
@@ -187,6 +193,45 @@ def run(
         if not found.sound:
             raise FedwardError("something contradicts the claim", remedy=f"see {page}")
         speaker.answer(as_json(found))
+
+
+@app.command("sound-runs")
+def sound_runs(
+    study: Annotated[Path, typer.Argument(help="The study file, or a ready study's name.")],
+    runs: Annotated[int, typer.Option(help="Audits, each with fresh noise and other patients.", min=1)] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for sound-runs.json.")] = Path("audit"),
+    public_size: Annotated[int, typer.Option(help="Patients that a site would declare.", min=1)] = 200,
+    json: JsonOption = False,
+) -> None:
+    """Audit a sound site many times: how often do the tests suspect it, and are bounds above the claim?
+
+    Exits with 1 if more often than the stated rates allow (a binomial test at 0.1 % for each).
+    """
+    from simulations.audit.run import Audit
+    from simulations.audit.sound_runs import sound_runs as many
+    from simulations.studies import ready_study
+
+    with speaking(json) as speaker:
+        logging.getLogger("fedward").setLevel(logging.CRITICAL)  # vaults refuse the attacks, and say so
+        asked = load_study(study if study.exists() else ready_study(str(study)))
+
+        def done(number: int, found: Audit) -> None:
+            told = ", ".join(f"{c.site}: {c.name}" for c in found.conformance.alarms) or "no alarm"
+            speaker.say(f"{number} of {runs}, {found.seconds:.0f} s: {told}")
+
+        found = many(asked, public_size, runs, done=done)
+        told = found.as_json()
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "sound-runs.json", canonical_json(told), mode=0o644)
+        rows = [[c.what, f"{c.count} of {c.of}", f"{c.rate:.1%}", f"{c.p:.2g}"] for c in found.counts]
+        speaker.table("What chance allows", ["what", "count", "rate at most", "p"], rows)
+        for claim in found.broken:
+            speaker.say(f"Not as promised: {claim}.")
+        if not found.sound:
+            raise FedwardError(
+                "a sound site is suspected more often than is stated", remedy=f"see {out / 'sound-runs.json'}"
+            )
+        speaker.answer(told)
 
 
 def _opened(store: Path) -> Store:

@@ -138,12 +138,18 @@ def _apart(first: Observed, second: Observed) -> Check:
     )
 
 
-def _mixture(seen: Observed, values: np.ndarray) -> np.ndarray:
-    """Distribution function of a canary's sum in a round: Binomial(steps, q) amplitudes plus noise."""
-    taken = np.arange(seen.steps + 1)
-    weights = stats.binom.pmf(taken, seen.steps, seen.plan.step.sample_rate)
-    found = stats.norm.cdf((values[..., None] - taken * seen.amplitude) / seen.noise)
-    return np.asarray(found @ weights)
+def _law(seen: Observed, values: np.ndarray, amplitude: float, noise: float) -> tuple[float, float, float]:
+    """Whether sums of a round are Binomial(steps, q) amplitudes plus noise, by their distribution
+    (Kolmogorov and Smirnov) and by their mean: p, and mean and its standard error over what is expected."""
+    taken, rate = np.arange(seen.steps + 1), seen.plan.step.sample_rate
+    weights = stats.binom.pmf(taken, seen.steps, rate)
+    uniform = stats.norm.cdf((values.ravel()[:, None] - taken * amplitude) / noise) @ weights
+    ks = float(stats.kstest(uniform, "uniform").pvalue)
+    mean = seen.steps * rate * amplitude
+    spread = math.sqrt(seen.steps * rate * (1 - rate) * amplitude**2 + noise**2)
+    error = spread / math.sqrt(values.size)
+    z = (float(values.mean()) - mean) / error
+    return min(1.0, 2 * min(ks, float(2 * stats.norm.sf(abs(z))))), float(values.mean()) / mean, error / mean
 
 
 def _contribution(seen: Observed, which: np.ndarray, name: str) -> Check:
@@ -151,16 +157,10 @@ def _contribution(seen: Observed, which: np.ndarray, name: str) -> Check:
     values = seen.along[:, seen.who.present & which]
     if not values.size:
         return Check(seen.site, f"clipping and sampling, {name}", 1.0, "none is there")
-    uniform = _mixture(seen, values).ravel()
-    ks = stats.kstest(uniform, "uniform").pvalue
-    rate, steps = seen.plan.step.sample_rate, seen.steps
-    mean = steps * rate * seen.amplitude
-    spread = math.sqrt(steps * rate * (1 - rate) * seen.amplitude**2 + seen.noise**2)
-    error = spread / math.sqrt(values.size)
-    z = (float(values.mean()) - mean) / error
+    p, mean, error = _law(seen, values, seen.amplitude, seen.noise)
     return Check(
-        seen.site, f"clipping and sampling, {name}", float(min(1.0, 2 * min(ks, 2 * stats.norm.sf(abs(z))))),
-        f"mean contribution / expected: {values.mean() / mean:.4f} ± {error / mean:.4f}",
+        seen.site, f"clipping and sampling, {name}", p,
+        f"mean contribution / expected: {mean:.4f} ± {error:.4f}",
     )  # fmt: skip
 
 
@@ -168,15 +168,10 @@ def _capped(seen: Observed) -> Check:
     """Of a wide patient, k records take part, k being the cap: C / √k in each of k columns, √k C in all."""
     taken = min(seen.plan.step.max_records, seen.wide.shape[2])
     amplitude, noise = seen.amplitude * math.sqrt(taken), seen.noise * math.sqrt(seen.wide.shape[2])
-    sums = seen.wide.sum(axis=2).ravel()
-    steps = np.arange(seen.steps + 1)
-    weights = stats.binom.pmf(steps, seen.steps, seen.plan.step.sample_rate)
-    uniform = stats.norm.cdf((sums[:, None] - steps * amplitude) / noise) @ weights
-    expected = seen.steps * seen.plan.step.sample_rate * amplitude
-    p = float(stats.kstest(uniform, "uniform").pvalue)
+    p, mean, error = _law(seen, seen.wide.sum(axis=2), amplitude, noise)
     return Check(
         seen.site, "no more records of a patient than the cap", p,
-        f"mean of a wide patient's columns together / expected: {sums.mean() / expected:.3f}",
+        f"mean of a wide patient's columns together / expected: {mean:.3f} ± {error:.3f}",
     )  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from client.cohort import Patients
-from client.dpsgd import Batch, Engine, batch_of, engine_of
+from client.cohort import Cohort, Patients
+from client.dpsgd import Batch, Engine, batch_of
 from client.rowwise import CLIPPING_MARGIN
-from common.models import study_model
+from client.training import Trainer
+from common.models import parameter_arrays, study_model
 from common.objectives import record_losses
 from common.privacy.noise import Seeded
 from common.privacy.plan import StudyPlan
@@ -46,15 +47,17 @@ class Difference:
 
 
 def differences(study: Study, plan: StudyPlan, seed: int = 0) -> tuple[Difference, ...]:
-    """Measure what each of a few made-up patients adds, in units of the clipping norm."""
+    """Measure what each of a few made-up patients adds, in units of the clipping norm.
+
+    The engine is that of a site's trainer.
+    """
     patients, C = made_up(study, RECORDS, seed), plan.step.clipping_norm or 1.0
+    nobody = Patients(patients.features[:0], patients.labels[:0], patients.offsets[:1])
     longest, apart, company, empty = 0.0, 0.0, 0.0, 0.0
     for enlarged in _ENLARGED:
-        network = study_model(study, seed=seed)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.mul_(enlarged)
-        engine = engine_of(network, study.objective, plan.step.divisor)
+        trainer = Trainer(study, Cohort(patients, nobody), plan)
+        trainer.flat.load({n: enlarged * a for n, a in parameter_arrays(study_model(study, seed)).items()})
+        engine = trainer.engine
         batch = _batch(patients, range(len(RECORDS)), plan)
         whole = engine.sum(patients, batch, C)
         for i in range(len(RECORDS)):

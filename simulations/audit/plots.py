@@ -59,7 +59,8 @@ def pictures(
     """Rows of grey pictures, as an SVG element.
 
     Args:
-        rows: label → [pictures, height, width], 0 black to 1 white; what is outside is cut, NaN is black.
+        rows: label (it may be empty) → [pictures, height, width], 0 black to 1 white; what is outside is cut,
+            NaN is black.
         columns: a label for each picture of a row.
         title: what a screen reader says.
         scale: screen pixels of one picture's pixel.
@@ -68,7 +69,7 @@ def pictures(
         raise FedwardError("no pictures to show", remedy="give one row at least")
     most = max(len(row) for row in rows.values())
     high, wide = (max(row.shape[axis] for row in rows.values()) * scale for axis in (1, 2))
-    left, top, gap = 210, 24 if columns else 6, 8
+    left, top, gap = 210 if any(rows) else 0, 24 if columns else 6, 8
     parts = [
         f'<text x="{left + (wide + gap) * i + wide / 2:g}" y="16" text-anchor="middle" {FONT}>'
         f"{escape(c)}</text>"

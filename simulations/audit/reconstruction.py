@@ -62,7 +62,7 @@ class Imprint:
 
 
 def one_step(study: Study, *, private: bool) -> Study:
-    """The study as one step with every patient, by plain gradient descent.
+    """The study as one step with every patient, by plain gradient descent, its images as they are.
 
     Raises:
         StudyError: if `private` is asked of a study without privacy.
@@ -71,6 +71,8 @@ def one_step(study: Study, *, private: bool) -> Study:
         raise StudyError(f"study {study.name} promises no privacy", remedy="give one that does")
     value = study.model_dump(mode="json")
     value["algorithm"]["rounds"] = 1
+    for column in value["data"]["columns"]:
+        column.pop("augmentation", None)
     value["training"] |= {
         "local_steps": 1,
         "local_epochs": None,

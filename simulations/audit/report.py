@@ -31,6 +31,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .verdict { border-left: .4rem solid #2c7a4b; background: #eef7f1; }
 .verdict.no { border-color: #b3261e; background: #fbeeed; }
 tr.no td { background: #fbeeed; }
+summary { cursor: pointer; }
+svg { max-width: 100%; height: auto; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
 """
 
@@ -86,11 +88,7 @@ def as_html(told: Mapping[str, Any], more: Iterable[str] = ()) -> str:
     claim = told["claim"]
     verdict = "Nothing contradicts the claim." if told["sound"] else "The claim does not hold."
     alarms = sum(c["alarm"] for c in told["checks"])
-    checks = _table(
-        ("Site", "Claim", "p", "Measured"),
-        [((c["site"], c["claim"], f"{c['p']:.2g}", c["told"]), c["alarm"]) for c in told["checks"]],
-        numbers={2},
-    )
+    checks = _checks([c for c in told["checks"] if c["alarm"]]) if alarms else ""
     bounds = _table(
         ("Site", "ε of the steps watched", "at least, by trade-off", "at least, by one run",
          "at least, by the noise", "canaries"),
@@ -110,22 +108,18 @@ def as_html(told: Mapping[str, Any], more: Iterable[str] = ()) -> str:
         numbers={1, 2},
     )
     last = told["final_model"]
+    weak = "; so this test would see little here" if last["unprotected"] < last["claimed"] else ""
     claims = _table(
         ("What", "Value"),
-        [((key.replace("_", " "), str(value)), False) for key, value in claim.items()],
+        [
+            ((key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)), False)
+            for key, value in claim.items()
+        ],
         numbers=set(),
     )
     how = "served vaults, through their sockets" if told["deployed"] else "vaults in the auditor's process"
-    cases = _table(
-        ("Tried", "How", "Outcome", "ε spent before", "after"),
-        [
-            ((c["name"].replace("-", " "), c["tried"], c["outcome"],
-              _number(c["before"]), _number(c["after"])), not c["sound"])
-            for c in told["cases"]
-        ],
-        numbers={3, 4},
-    )  # fmt: skip
-    failed = sum(not c["sound"] for c in told["cases"])
+    failed = [c for c in told["cases"] if not c["sound"]]
+    cases = _cases(failed) if failed else ""
     untested = "".join(f"<li>{escape(line)}</li>" for line in told["untested"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -141,16 +135,18 @@ Made {escape(told["made"])} in {told["seconds"]} s, over {told["watched_steps"]}
 rate; one run: supposes nothing; by the noise: supposes all but the noise, which is measured.</p>{bounds}
 <p>The released model alone, asked about {last["canaries"]} made-up patients of whom half trained, gives away
 ε ≥ {last["at_least"]:.3f} of {last["claimed"]:.3f}; trained
-without protection, ε ≥ {last["unprotected"]:.3f}.</p>
+without protection, ε ≥ {last["unprotected"]:.3f}{weak}.</p>
 <h2>Finite differences, the noise off</h2>
 <p>The site's own sums over made-up patients with 1 to 40 records, with and without each of them.</p>
 {differences}
 <h2>Conformance</h2>
 <p>{len(told["checks"])} tests, {alarms} alarms. A sound site raises any with probability
 {told["false_alarm"]:.0%} at most.</p>{checks}
+<details><summary>All {len(told["checks"])} tests</summary>{_checks(told["checks"])}</details>
 <h2>A malicious coordinator</h2>
-<p>{len(told["cases"])} attempts, {failed} of them with an outcome that the site does not promise. The
+<p>{len(told["cases"])} attempts, {len(failed)} of them with an outcome that the site does not promise. The
 canaries' own study is approved for a large ε, and gets the audited noise by its policy's floor.</p>{cases}
+<details><summary>All {len(told["cases"])} attempts</summary>{_cases(told["cases"])}</details>
 {"".join(more)}
 <h2>Not tested</h2><ul>{untested}</ul>
 </body></html>
@@ -174,6 +170,22 @@ def write_report(folder: Path, found: Audit, key: SigningKey) -> Path:
     write_atomic(folder / "audit.html", page, mode=0o644)
     write_atomic(folder / "audit.jws", token.encode(), mode=0o644)
     return folder / "audit.html"
+
+
+def _checks(told: Iterable[Mapping[str, Any]]) -> str:
+    rows: list[tuple[tuple[str, ...], bool]] = [
+        ((c["site"], c["claim"], f"{c['p']:.2g}", c["told"]), c["alarm"]) for c in told
+    ]
+    return _table(("Site", "Claim", "p", "Measured"), rows, numbers={2})
+
+
+def _cases(told: Iterable[Mapping[str, Any]]) -> str:
+    rows: list[tuple[tuple[str, ...], bool]] = [
+        ((c["name"].replace("-", " "), c["tried"], c["outcome"], _number(c["before"]), _number(c["after"])),
+         not c["sound"])
+        for c in told
+    ]  # fmt: skip
+    return _table(("Tried", "How", "Outcome", "ε spent before", "after"), rows, numbers={3, 4})
 
 
 def _number(value: float | None) -> str:

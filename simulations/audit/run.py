@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from client.account import Spending, spending
+from client.augment import augmenter_of
 from client.door import Answer, ask
 from client.settings import SiteFolder
 from client.site import open_vault
@@ -25,7 +26,7 @@ from common.privacy.noise import OperatingSystem, Randomness
 from common.privacy.plan import StudyPlan, plan_study
 from common.processes import beside_python
 from common.study import Study
-from simulations.audit.attacks import Attacks, attack, without_privacy
+from simulations.audit.attacks import MODELS, Attacks, attack, without_privacy
 from simulations.audit.attempts import Case, Target
 from simulations.audit.canaries import (
     CAP,
@@ -52,6 +53,7 @@ from simulations.audit.server_side import against
 
 SITES = ("north", "south")
 ATTACKED = "east"
+STOOD_FOR = ("logistic-hazard",)  # its last layer is frozen, so no class of a canary can be learnt in it
 STAND_IN: Family = "logistic-regression"  # for what a vault answers whatever the model is
 QUIET = "-quiet"  # sites with so little noise that contributions show by themselves
 MOST_EPSILON = 100.0  # the noise comes from the audited plan, by the policy's floor
@@ -66,11 +68,13 @@ class Size:
         columns: half of them get a canary.
         rounds: at most; a study with more steps is audited over its first ones.
         asked: canaries about which the final model is asked.
+        shadows: models of the attack on members.
     """
 
     columns: int
     rounds: int
     asked: int = 200
+    shadows: int = MODELS
 
 
 SHORT, FULL = Size(300, 40), Size(2000, 200, 1000)
@@ -138,29 +142,13 @@ def audit(
         DeploymentError: if a vault doesn't start.
     """
     began = time.monotonic()
-    if not study.private:
-        raise StudyError(f"study {study.name} promises no privacy", remedy="nothing to audit")
-    plan = plan_study(study, public_size)
-    if (plan.step.clipping_norm or 0.0) > HUGE / 1000:
-        raise StudyError(
-            f"privacy.clipping_norm {plan.step.clipping_norm:g} is above any canary's gradient",
-            remedy=f"clip to {HUGE / 1000:g} at most",
-        )
-    steps = min(plan.steps_per_round * plan.rounds, size.rounds)
-    kind = _Columns if study.model.name in FAMILIES and not study.data.wide else _Labels
-    made = kind(study, plan, canaries(size.columns, seed), steps)
+    asking = _asking(study, public_size, size, deployed, randomness)
+    plan, steps = asking.plan, asking.steps
     few = _Columns(study, plan, canaries(size.columns, seed), steps)
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as folder, ExitStack() as open_ones:
-        places = [(name, QUIET * quiet) for quiet in (False, True) for name in SITES]
-        seen = [
-            _watched(
-                open_ones, Path(folder) / (name + quiet), made, plan, size, deployed, randomness,
-                len(places) * seed + i,
-            )
-            for i, (name, quiet) in enumerate(places)
-        ]  # fmt: skip
-        cases = _coordinated(open_ones, Path(folder) / ATTACKED, few.asked, plan, deployed, randomness)
-    attacks = attack(study, cohorts) if cohorts else None
+        seen = asking.watched(open_ones, Path(folder), seed)
+        cases = asking.coordinated(open_ones, Path(folder) / ATTACKED, few.asked)
+    attacks = attack(study, cohorts, size.shadows) if cohorts else None
     bare = without_privacy(study)
     return Audit(
         study=study,
@@ -176,6 +164,20 @@ def audit(
         seconds=time.monotonic() - began,
         untested=tuple(_untested(study, plan, steps, attacks)),
     )
+
+
+def sent(
+    study: Study,
+    public_size: int,
+    *,
+    size: Size = SHORT,
+    randomness: Randomness | None = None,
+    seed: int = 0,
+) -> Conformance:
+    """The tests of what sites send, and no more of an audit; see `audit`."""
+    asking = _asking(study, public_size, size, False, randomness)
+    with tempfile.TemporaryDirectory(prefix="fedward-audit-") as folder, ExitStack() as open_ones:
+        return conformance(asking.watched(open_ones, Path(folder), seed))
 
 
 class _Columns:
@@ -222,50 +224,67 @@ class _Labels:
         return folder, label_gauge(self.asked, folder, who)
 
 
-def _watched(
-    open_ones: ExitStack,
-    root: Path,
-    made: _Columns | _Labels,
-    plan: StudyPlan,
-    size: Size,
-    deployed: bool,
-    randomness: Randomness | None,
-    seed: int,
-) -> Observed:
-    who = canaries(size.columns, seed, many=40)
-    site, gauge = made.site(root, who)
-    least = 0.0 if root.name.endswith(QUIET) else plan.step.noise_multiplier
-    promised = admit(site, made.asked, least)
-    answer = _opened(open_ones, site, deployed, randomness)
-    return observe(answer, made.asked, promised, who, gauge, "audit")
+@dataclass(frozen=True)
+class _Asking:
+    """What is asked of sites of canaries, and how; see `audit`."""
+
+    study: Study
+    plan: StudyPlan
+    size: Size
+    deployed: bool
+    randomness: Randomness | None
+
+    @property
+    def steps(self) -> int:
+        return min(self.plan.steps_per_round * self.plan.rounds, self.size.rounds)
+
+    def watched(self, open_ones: ExitStack, folder: Path, seed: int) -> list[Observed]:
+        """What sites with the claimed noise send, and sites with next to none."""
+        by_columns = self.study.model.name in (*FAMILIES, *STOOD_FOR) and not self.study.data.wide
+        kind = _Columns if by_columns else _Labels
+        made = kind(self.study, self.plan, canaries(self.size.columns, seed), self.steps)
+        found = []
+        places = [(name, quiet) for quiet in (False, True) for name in SITES]
+        for number, (name, quiet) in enumerate(places, len(places) * seed):
+            who = canaries(self.size.columns, number, many=40)
+            site, gauge = made.site(folder / (name + QUIET * quiet), who)
+            promised = admit(site, made.asked, 0.0 if quiet else self.plan.step.noise_multiplier)
+            answer = self.opened(open_ones, site)
+            found.append(observe(answer, made.asked, promised, who, gauge, "audit"))
+        return found
+
+    def coordinated(self, open_ones: ExitStack, root: Path, asked: Study) -> tuple[Case, ...]:
+        """What a malicious coordinator gets out of a site of its own, with few canaries."""
+        who = canaries(_columns_of(asked), 0, many=40)
+        site = make_site(root, root.name, who)
+        promised = admit(site, asked, self.plan.step.noise_multiplier)
+        answer = self.opened(open_ones, site)
+        nothing = Spending(0, 0.0, 0.0, 0)
+        target = Target(
+            answer, asked, promised, "attack", lambda: spending(site.ledger_path).get(asked.digest, nothing)
+        )
+        return (*undeclared_models(target), *against(target, who))
+
+    def opened(self, open_ones: ExitStack, site: SiteFolder) -> Answer:
+        if self.deployed:
+            return open_ones.enter_context(serving(site))
+        vault = open_vault(site, randomness=self.randomness or OperatingSystem(), durable=False)
+        open_ones.callback(vault.close)
+        return vault.answer
 
 
-def _coordinated(
-    open_ones: ExitStack,
-    root: Path,
-    asked: Study,
-    plan: StudyPlan,
-    deployed: bool,
-    randomness: Randomness | None,
-) -> tuple[Case, ...]:
-    """What a malicious coordinator gets out of a site of its own, with few canaries."""
-    who = canaries(_columns_of(asked), 0, many=40)
-    site = make_site(root, root.name, who)
-    promised = admit(site, asked, plan.step.noise_multiplier)
-    answer = _opened(open_ones, site, deployed, randomness)
-    nothing = Spending(0, 0.0, 0.0, 0)
-    target = Target(
-        answer, asked, promised, "attack", lambda: spending(site.ledger_path).get(asked.digest, nothing)
-    )
-    return (*undeclared_models(target), *against(target, who))
-
-
-def _opened(open_ones: ExitStack, site: SiteFolder, deployed: bool, randomness: Randomness | None) -> Answer:
-    if deployed:
-        return open_ones.enter_context(serving(site))
-    vault = open_vault(site, randomness=randomness or OperatingSystem(), durable=False)
-    open_ones.callback(vault.close)
-    return vault.answer
+def _asking(
+    study: Study, public_size: int, size: Size, deployed: bool, randomness: Randomness | None
+) -> _Asking:
+    if not study.private:
+        raise StudyError(f"study {study.name} promises no privacy", remedy="nothing to audit")
+    plan = plan_study(study, public_size)
+    if (plan.step.clipping_norm or 0.0) > HUGE / 1000:
+        raise StudyError(
+            f"privacy.clipping_norm {plan.step.clipping_norm:g} is above any canary's gradient",
+            remedy=f"clip to {HUGE / 1000:g} at most",
+        )
+    return _Asking(study, plan, size, deployed, randomness)
 
 
 def _columns_of(asked: Study) -> int:
@@ -309,8 +328,12 @@ def _untested(study: Study, plan: StudyPlan, steps: int, attacks: Attacks | None
         yield "several local steps between two messages: one step a round shows more"
     if study.model.name not in FAMILIES:
         yield f"a malicious coordinator of {study.model.name}: it was a {STAND_IN}'s"
+    if study.model.name in STOOD_FOR:
+        yield f"{study.model.name} itself: canaries trained a {STAND_IN}, whose weights are like its score's"
     if study.objective.task != "binary" or study.model.name not in FAMILIES:
         yield "this study's loss: canaries have the cross-entropy of their classes"
+    if augmenter_of(study) is not None:
+        yield "augmentation of images: canaries are not varied"
     if study.training.optimizer.name != "sgd" or study.training.optimizer.momentum:
         yield "the optimiser: it sees noised gradients only, so that it may do anything"
     if study.statistics is not None:

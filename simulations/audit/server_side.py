@@ -70,7 +70,13 @@ def _refusals(target: Target) -> Iterator[Case]:
     )  # fmt: skip
     for value in (math.nan, math.inf, -math.inf):
         odd = {n: np.full_like(a, value) for n, a in target.parameters.items()}
-        yield refused(target, f"parameters-of-{value}", "in every number", target.job(1, odd), bad)
+        yield refused(
+            target,
+            f"parameters-of-{value}".replace("--", "-minus-"),
+            "in every number",
+            target.job(1, odd),
+            bad,
+        )
     one = {n: np.array(a) for n, a in target.parameters.items()}
     next(iter(one.values())).flat[0] = math.nan
     yield refused(target, "one-nan", "in one number", target.job(1, one), bad)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import audited
 import numpy as np
 import pytest
 import small
@@ -24,9 +25,11 @@ from common.models import parameter_arrays, study_model
 from common.objectives import record_losses
 from common.privacy.noise import Seeded
 from common.study import Study
+from simulations.audit.attacks import Attacks, sections
 from simulations.audit.attempts import Target
 from simulations.audit.canaries import admit, canaries, canary_study, make_site
-from simulations.audit.inversion import Picture, correlation, invert
+from simulations.audit.inversion import Picture, correlation, invert, picture_shape
+from simulations.audit.membership import Membership
 from simulations.audit.plots import pictures, png
 from simulations.audit.reconstruction import (
     NEAR,
@@ -224,6 +227,46 @@ def test_a_picture_comes_back_without_privacy_and_not_with_it(found: tuple[Pictu
     assert open_one.guessed < 0.9
 
 
+def blobs(seed: int, side: int) -> Patients:
+    """A patient with one picture of three bright blobs."""
+    random = np.random.default_rng(seed)
+    down, across = np.mgrid[:side, :side] / side
+    parts = [np.exp(-((across - x) ** 2 + (down - y) ** 2) / 0.03) for x, y in random.random((3, 2))]
+    features = torch.from_numpy(np.clip(2 * sum(parts) - 1, -1, 1).astype(np.float32).reshape(1, -1))
+    return Patients(features, torch.tensor([seed % 2]), torch.arange(2))
+
+
+def test_a_picture_comes_back_from_a_cnn_too() -> None:
+    column = {**audited.image(12), "augmentation": {"flip": True, "shift": 0.1}}
+    model = {"name": "cnn", "parameters": {"channels": [16, 32]}}
+    wanted = tabular([], data={"columns": [column]}, model=model)
+    sites = [blobs(10 + number, 12) for number in range(3)]
+    open_one, summed, private, both = invert(wanted, sites, steps=200, starts=1, randomness=Seeded(1))
+    assert open_one.original.shape == (12, 12)
+    assert open_one.correlation > 0.8
+    assert summed.correlation > 0.5
+    assert max(private.correlation, both.correlation) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("column", "shape"),
+    [
+        ({**audited.image(8), "channels": 3, "size": [6, 8]}, (3, 6, 8)),
+        ({"kind": "numeric", "name": "x", "unit": "1", "range": [0, 16], "repeat": 9}, (1, 3, 3)),
+        ({**audited.image(8), "size": [4, 4, 4]}, None),
+        (audited.SERIES, None),
+        ({"kind": "categorical", "name": "c", "codes": {"a": "one", "b": "two"}}, None),
+    ],
+)
+def test_what_a_picture_is(column: dict[str, Any], shape: tuple[int, ...] | None) -> None:
+    wanted = tabular([4], data={"columns": [column]})
+    if shape is None:
+        with pytest.raises(StudyError, match="is no picture"):
+            picture_shape(wanted)
+    else:
+        assert picture_shape(wanted) == shape
+
+
 def test_the_original_is_the_site_s_picture(found: tuple[Picture, ...]) -> None:
     np.testing.assert_allclose(found[0].original, load_digits().images[0] / 16, atol=1e-6)
 
@@ -235,8 +278,12 @@ def test_correlation_is_pearson_s() -> None:
 
 
 def test_only_square_pictures_are_inverted() -> None:
-    with pytest.raises(StudyError, match="no square pictures"):
+    with pytest.raises(StudyError, match="is no picture"):
         invert(tabular([8]), hospitals(1, 1))
+
+
+def members() -> Membership:
+    return Membership("s", None, None, 8, 4, None, (), None)
 
 
 def test_pictures_side_by_side(found: tuple[Picture, ...]) -> None:
@@ -247,6 +294,9 @@ def test_pictures_side_by_side(found: tuple[Picture, ...]) -> None:
     assert len(images) == 5
     assert all(i.attrib["href"].startswith("data:image/png;base64,iVBORw0KGgo") for i in images)
     assert "original <0>" in [t.text for t in drawn.iter(f"{space}text")]
+    told = "".join(sections(Attacks(members(), members(), (), found, ())))
+    assert told.count("<image") == 5
+    assert f"<td class=n>{found[0].correlation:.2f}</td>" in told
     with pytest.raises(FedwardError, match="no pictures"):
         pictures({}, title="")
 
