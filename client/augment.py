@@ -1,4 +1,4 @@
-"""Images varied at each training step, as the study declares: mirrored, moved, turned, brighter or darker.
+"""Images varied at each training step, as the study declares: mirrored, moved, turned, stretched, brighter.
 
 It happens to a record by itself, before its patient's gradient is taken and clipped, and by draws that
 nobody's data decides. So given the draws, one patient more or less changes a step's sum by at most the
@@ -10,6 +10,7 @@ the mixture over them is the same with and without that patient. An evaluation v
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +42,10 @@ class Picture:
 
     @property
     def draws(self) -> int:
-        """Uniform numbers that a record takes: a coin and a shift for each axis, an angle, a brightness."""
-        return 2 * (len(self.shape) - 1) + 2
+        """Uniform numbers that a record takes: a coin and a shift for each axis, also a stretch if the study
+        has it, an angle, a brightness."""
+        space = len(self.shape) - 1
+        return (3 if self.augmentation.stretch else 2) * space + 2
 
     def varied(self, image: torch.Tensor, draws: npt.NDArray[np.float64]) -> torch.Tensor:
         """One image, float32 [*shape], in [-1, 1].
@@ -52,7 +55,8 @@ class Picture:
         """
         asked, sizes = self.augmentation, self.shape[1:]
         space = len(sizes)
-        coins, moves, (angle, light) = draws[:space], 2.0 * draws[space:-2] - 1.0, 2.0 * draws[-2:] - 1.0
+        coins, even = draws[:space], 2.0 * draws[space:] - 1.0
+        moves, stretches, (angle, light) = even[:space], even[space:-2], even[-2:]
         axes = _AXES[-space:]
         flips = [name in asked.flip and coin < 0.5 for name, coin in zip(axes, coins, strict=True)]
         shifts = [
@@ -63,8 +67,9 @@ class Picture:
                 places = torch.arange(size, device=image.device) - shift
                 places = (size - 1 - places if flip else places).clamp_(0, size - 1)
                 image = image.index_select(axis, places)
-        if asked.rotate:
-            image = turned(image, math.radians(asked.rotate * float(angle)))
+        if asked.rotate or asked.stretch:
+            factors = [(1.0 + asked.stretch) ** float(each) for each in stretches] or [1.0, 1.0]
+            image = turned(image, math.radians(asked.rotate * float(angle)), factors)
         if asked.brightness:
             image = (image + 2.0 * asked.brightness * float(light)).clamp_(-1.0, 1.0)
         return image
@@ -112,19 +117,21 @@ def augmenter_of(study: Study) -> Augmenter | None:
     return Augmenter(tuple(pictures)) if pictures else None
 
 
-def turned(image: torch.Tensor, angle: float) -> torch.Tensor:
-    """A picture turned about its middle, linearly between pixels; the edge is repeated outwards.
+def turned(image: torch.Tensor, angle: float, factors: Sequence[float] = (1.0, 1.0)) -> torch.Tensor:
+    """A picture stretched and then turned about its middle, linearly between pixels; the edge is repeated
+    outwards.
 
     Args:
         image: float32 [channels, height, width].
         angle: in radians, counter-clockwise as it is shown (rows go down).
+        factors: by which height and width grow; what grows out of the picture is lost.
     """
     height, width = image.shape[1:]
     down = torch.arange(height, device=image.device, dtype=torch.float32)[:, None] - (height - 1) / 2
     right = torch.arange(width, device=image.device, dtype=torch.float32)[None] - (width - 1) / 2
     cosine, sine = math.cos(angle), math.sin(angle)
-    y = (right * sine + down * cosine + (height - 1) / 2).clamp_(0, height - 1)
-    x = (right * cosine - down * sine + (width - 1) / 2).clamp_(0, width - 1)
+    y = ((right * sine + down * cosine) / factors[0] + (height - 1) / 2).clamp_(0, height - 1)
+    x = ((right * cosine - down * sine) / factors[1] + (width - 1) / 2).clamp_(0, width - 1)
     # From pixels to [-1, 1], where the ends are the middles of the outermost pixels
     grid = torch.stack([x * (2.0 / max(1, width - 1)) - 1.0, y * (2.0 / max(1, height - 1)) - 1.0], dim=-1)
     return torch.nn.functional.grid_sample(

@@ -29,12 +29,14 @@ class Augmentation(Strict):
         flip: axes along which an image is mirrored, for each by a coin; `true` is the width (left and right).
         shift: along each axis by up to so much of its size, in whole pixels; the edge is repeated.
         rotate: by up to so many degrees, either way; in 2-D.
+        stretch: along each axis to up to 1 + so much of its size, or to that part of it; in 2-D.
         brightness: brighter or darker by up to so much of the window's width.
     """
 
     flip: tuple[Axis, ...] = ()
     shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    stretch: Annotated[float, Field(ge=0, le=1)] = 0.0
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @field_validator("flip", mode="before")
@@ -44,7 +46,7 @@ class Augmentation(Strict):
 
     @property
     def varies(self) -> bool:
-        return bool(self.flip or self.shift or self.rotate or self.brightness)
+        return bool(self.flip or self.shift or self.rotate or self.stretch or self.brightness)
 
 
 class ImageColumn(Strict):
@@ -88,9 +90,9 @@ class ImageColumn(Strict):
         rising(f"column {self.name}", "range", self.range)
         if self.width > LARGEST_BLOCK:
             raise ValueError(f"column {self.name}: size: {self.width} numbers, more than {LARGEST_BLOCK}")
-        if len(self.size) == 3 and self.augmentation.rotate:
+        if len(self.size) == 3 and (self.augmentation.rotate or self.augmentation.stretch):
             raise ValueError(
-                f"column {self.name}: augmentation: volumes are flipped and shifted, not rotated"
+                f"column {self.name}: augmentation: volumes are flipped and shifted, not rotated or stretched"
             )
         if len(self.size) == 2 and "depth" in self.augmentation.flip:
             raise ValueError(f"column {self.name}: augmentation: a 2-D image has no depth to flip")

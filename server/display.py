@@ -17,7 +17,7 @@ COLUMNS = {"auroc": "AUROC", "accuracy": "accuracy", "calibration_error": "cal. 
 ERROR_COLUMNS = {"mae": "MAE", "rmse": "RMSE", "bias": "mean error"}
 SURVIVAL_COLUMNS = {"c_index": "C-index", "brier": "Brier score"}
 INTERVAL_COLUMNS = {"mae": "MAE", "coverage": "coverage", "interval_width": "interval"}
-TITLES = {**COLUMNS, **ERROR_COLUMNS, **SURVIVAL_COLUMNS}
+TITLES = {**COLUMNS, **ERROR_COLUMNS, **SURVIVAL_COLUMNS, "near": "within tolerance"}
 
 
 def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> None:
@@ -54,6 +54,8 @@ def show_columns(study: Study) -> dict[str, str]:
     """Metric → title."""
     if len(study.objective.quantiles) > 1:
         return INTERVAL_COLUMNS
+    if study.evaluation.tolerance is not None:
+        return ERROR_COLUMNS | {"near": f"within {study.evaluation.tolerance:.0%}"}
     return {"regression": ERROR_COLUMNS, "survival": SURVIVAL_COLUMNS}.get(study.objective.task, COLUMNS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def varied(study: Study, changes: Mapping[str, Any], origin: str) -> Study:
             place = place.get(step) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise StudyError(f"{origin}: {key}: no such table", remedy="write --set privacy.epsilon=0.1")
-        place[last] = new
+        place[last] = deepcopy(new)  # a later change may go into it
     return validated(Study, value, origin, StudyError)
 
 

@@ -47,6 +47,11 @@ def fetch(name: str, destination: Path, mirror: Path | None = None, progress: Pr
         target = folder / file.name
         if target.is_file() and digest_of(target) == file.sha256:
             continue
+        if mirror is None and file.packed:
+            raise DatasetError(
+                f"{file.name}: was packed of the files at {file.url}, and cannot be downloaded as it is",
+                remedy="give --mirror DIR with a copy",
+            )
         if mirror is None:
             _download(file, target, progress)
         else:

@@ -13,48 +13,48 @@ import numpy as np
 import pandas as pd
 
 from common.errors import DatasetError
-from simulations.datasets.sites import Hospital, npz
+from simulations.datasets.packing import packed, unpacked
+from simulations.datasets.raw import SEED, text_table
+from simulations.datasets.sites import Hospital
 from simulations.partition import by_sizes
 
 SITES = ("ashford", "birchwood", "cedar-hill", "dunmore")
-_SHARES, _SEED = (40, 30, 20, 10), 2024
-_SUBTYPES = np.array(["normal", "bacteria", "virus"])
+_SHARES = (40, 30, 20, 10)
+_FOLDER = "chest_xray_224/"
 
 
 def pneumonia(raw: Path) -> list[Hospital]:
-    """5,840 grey images of 64 x 64 pixels, 3,273 patients with 1 to 30 images.
+    """5,840 JPEGs of 224 x 224 pixels, 3,273 patients with 1 to 30 images.
+
+    At a site they are called by a number, because the published names tell the finding.
 
     Raises:
-        DatasetError: if the file is absent or another.
+        DatasetError: if the files are absent or others.
     """
-    path = raw / "chest_xray_64.npz"
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, keys = archive["images"], archive["patient_key"]
-            table = pd.DataFrame(
-                {
-                    "patient_id": keys,
-                    "finding": _SUBTYPES[archive["subtype"]],
-                    "split": np.where(archive["split"] == 0, "train", "test"),
-                }
-            )
-    except (OSError, ValueError, KeyError):
-        raise DatasetError(f"{path}: cannot be read", remedy="fetch the data set first") from None
+    path = raw / "chest_xray_224.tar"
+    images = {name.removeprefix(_FOLDER): content for name, content in unpacked(path)}
+    table = text_table(raw / "manifest.csv")
+    if set(table.get("file", ())) != set(images) or "patient_key" not in table:
+        raise DatasetError(f"{path}: holds other files than its list", remedy="fetch the data set again")
+    table = table.rename(columns={"patient_key": "patient_id", "subtype": "finding"})
+    keys = table["patient_id"].to_numpy(dtype=str)
     site = np.empty(len(table), dtype=np.int64)
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(SEED)
     for split in ("train", "test"):  # each site has its share of both
-        patients = np.unique(keys[table["split"] == split])
+        of_split = (table["split"] == split).to_numpy()
+        patients = np.unique(keys[of_split])
         for i, part in enumerate(by_sizes(len(patients), _SHARES, random)):
-            site[np.isin(keys, patients[part]) & (table["split"] == split)] = i
-    return [_hospital(name, table[site == i], images[site == i]) for i, name in enumerate(SITES)]
+            site[np.isin(keys, patients[part]) & of_split] = i
+    return [_hospital(name, table[site == i], images) for i, name in enumerate(SITES)]
 
 
-def _hospital(name: str, records: pd.DataFrame, images: np.ndarray) -> Hospital:
-    records = records.assign(xray=np.arange(len(records)))
+def _hospital(name: str, records: pd.DataFrame, images: dict[str, bytes]) -> Hospital:
+    names = [f"{i:05d}.jpeg" for i in range(len(records))]
+    files = {own: images[published] for own, published in zip(names, records["file"], strict=True)}
     return Hospital(
         name,
-        records,
+        records[["patient_id", "finding", "split"]].assign(xray=names),
         records["patient_id"].nunique(),
-        files={"xrays.npz": npz(images=images)},
-        places={"xray": {"at": "xrays.npz"}},
+        files={"xrays.tar": packed(files)},
+        places={"xray": {"at": "xrays.tar"}},
     )

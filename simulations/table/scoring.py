@@ -23,7 +23,7 @@ from common.messages import Array, Arrays
 from common.metrics import Measured, measure, value_ranges, values
 from common.models import study_model
 from common.objectives import scores
-from common.study import Evaluation, Study
+from common.study import Study
 from common.survival import c_index, risk_sums
 from simulations.table.federation import together
 
@@ -88,7 +88,8 @@ class Scorer:
 
     def __init__(self, study: Study) -> None:
         # Who belongs to which group is left out: a table is of all patients.
-        self.study = study.model_copy(update={"evaluation": Evaluation(bins=study.evaluation.bins)})
+        alone = study.evaluation.model_copy(update={"subgroups": (), "bands": {}})
+        self.study = study.model_copy(update={"evaluation": alone})
         self._network = study_model(study)
         self._flat = FlatParameters(self._network, torch.device("cpu"))
         self._engine = engine_of(self._network, study.objective, 1.0, STEP_MEMORY)

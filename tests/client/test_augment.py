@@ -30,7 +30,7 @@ from common.privacy.plan import plan_study
 from common.study import Study
 
 SIZE = (6, 6)
-EVERYTHING = {"flip": ["width", "height"], "shift": 0.3, "rotate": 25, "brightness": 0.2}
+EVERYTHING = {"flip": ["width", "height"], "shift": 0.3, "rotate": 25, "stretch": 0.2, "brightness": 0.2}
 
 
 def stream(name: str = "sampling", seed: int = 3) -> Stream:
@@ -106,6 +106,30 @@ def test_turns_as_scipy_does(size: tuple[int, int]) -> None:
         np.testing.assert_allclose(found, expected, atol=2e-5)
     if size == (9, 9):
         np.testing.assert_allclose(turned(image, math.pi / 2), torch.rot90(image, 1, (1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [(1.25, 0.8), (0.75, 1.0), (1.0, 2.0)])
+def test_stretches_as_scipy_does(factors: tuple[float, float]) -> None:
+    image, middle = pixels(2, 9, 12), np.array([4.0, 5.5])
+    back = np.diag(1 / np.array(factors))
+    expected = np.stack(
+        [
+            scipy.ndimage.affine_transform(
+                channel.numpy(), back, offset=middle - back @ middle, order=1, mode="nearest"
+            )
+            for channel in image
+        ]
+    )
+    np.testing.assert_allclose(turned(image, 0.0, factors).numpy(), expected, atol=2e-5)
+
+
+def test_a_stretch_has_draws_of_its_own_for_each_axis() -> None:
+    image, stretched = pixels(1, *SIZE), picture(stretch=0.5)
+    assert stretched.draws == picture(rotate=10).draws + 2
+    draws = np.full(stretched.draws, 0.5)
+    torch.testing.assert_close(stretched.varied(image, draws), image, atol=1e-5, rtol=0)
+    draws[4], draws[5] = 1.0, 0.0
+    torch.testing.assert_close(stretched.varied(image, draws), turned(image, 0.0, (1.5, 1 / 1.5)))
 
 
 def test_brightness_stays_in_the_window() -> None:
@@ -328,6 +352,7 @@ def test_flip_true_is_left_and_right() -> None:
         ({"flip": ["up"]}, "flip"),
         ({"shift": 0.6}, "shift"),
         ({"rotate": -1}, "rotate"),
+        ({"stretch": 2}, "stretch"),
         ({"brightness": "much"}, "brightness"),
         ({"zoom": 2}, "zoom"),
     ],

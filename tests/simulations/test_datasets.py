@@ -20,7 +20,7 @@ from client.cohort import load_cohort
 from client.settings import SiteFolder
 from common.errors import DatasetError, StudyError
 from common.features import feature_names
-from common.models import Shape, build_model
+from common.models import study_model
 from common.study import Study, load_study
 from simulations.datasets import datasets, fetch, prepare, registry
 from simulations.datasets.heart_disease import CENTRES, PUBLISHED_COUNTS
@@ -266,7 +266,7 @@ def test_preparing_again_leaves_keys_and_ledger_alone(tmp_path: Path) -> None:
 def test_every_ready_study_is_sound_and_its_model_can_be_built(name: str) -> None:
     study = load_study(ready_study(name))
     assert study.name == name
-    build_model(study.model, Shape(len(feature_names(study)), study.outputs))
+    study_model(study)
 
 
 def test_unknown_ready_studies_are_named() -> None:

@@ -164,6 +164,10 @@ def test_it_is_explained(made: tuple[str, Path]) -> None:
     }[task] in words
     told = {"multi-label": "histograms of scores", "quantile": "of errors", "survival": "of risks by time"}
     assert told[task] in words
+    losses = {"multi-label": "cross-entropy", "quantile": "quantile of 0.1, 0.5, 0.9", "survival": "hazard"}
+    assert f"Loss: {losses[task]}." in words
+    sums = {"multi-label": "", "quantile": ", with their sums", "survival": ", with sums of squared errors"}
+    assert f"bins){sums[task]}. Rows" in words
 
 
 def test_shadow_models_are_sure_of_patients(made: tuple[str, Path]) -> None:
