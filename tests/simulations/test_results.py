@@ -76,8 +76,8 @@ def test_the_network_of_the_issue_learns_digits(tmp_path: Path) -> None:
     assert study.model.parameters == {"hidden": [128, 64]}
     assert (study.training.optimizer.name, study.algorithm.rounds, study.training.local_epochs) == (
         "adam",
-        5,
+        20,
         1,
     )
     (told,) = reports(study, sites, tmp_path, range(1, 2))
-    assert accuracy(told) >= 0.9
+    assert accuracy(told) >= 0.95
