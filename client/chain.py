@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client.rowwise import TILE, VECTOR, product
+from client.rowwise import TILE, VECTOR, each_number, product
 from client.taps.losses import output_gradients
-from common.objectives import blank_labels
+from common.objectives import blank_labels, tried_objective
 from common.study import Objective
 
 log = logging.getLogger("fedward.training")
@@ -40,8 +40,8 @@ class Activation:
 def _gelu(layer: nn.GELU) -> Activation:
     how = layer.approximate
     return Activation(
-        lambda x: functional.gelu(x, approximate=how),
-        lambda g, x, y: _aten.gelu_backward(g, x, approximate=how),
+        lambda x: each_number(lambda some: functional.gelu(some, approximate=how), x),
+        lambda g, x, y: each_number(lambda a, b: _aten.gelu_backward(a, b, approximate=how), g, x),
     )
 
 
@@ -49,8 +49,12 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[..., Activation]] = {
     nn.ReLU: lambda layer: Activation(
         torch.relu, lambda g, x, y: _aten.threshold_backward(g, y, 0), torch.relu_
     ),
-    nn.Tanh: lambda layer: Activation(torch.tanh, lambda g, x, y: _aten.tanh_backward(g, y)),
-    nn.Sigmoid: lambda layer: Activation(torch.sigmoid, lambda g, x, y: _aten.sigmoid_backward(g, y)),
+    nn.Tanh: lambda layer: Activation(
+        lambda x: each_number(torch.tanh, x), lambda g, x, y: each_number(_aten.tanh_backward, g, y)
+    ),
+    nn.Sigmoid: lambda layer: Activation(
+        lambda x: each_number(torch.sigmoid, x), lambda g, x, y: each_number(_aten.sigmoid_backward, g, y)
+    ),
     nn.GELU: _gelu,
 }
 
@@ -234,7 +238,7 @@ class Chain:
         Args:
             each_tile: as they go through `EachTile`.
         """
-        device = self.layers[0].weight.device
+        objective, device = tried_objective(objective), self.layers[0].weight.device
         key = (self._form, objective, rows, device, torch.get_num_threads(), each_tile)
         with _LOCK:
             known = _FOUND.get(key)

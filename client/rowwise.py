@@ -9,11 +9,14 @@ test_rowwise, on the machine at hand).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
 TILE = 32  # rows
 VECTOR = 16  # float32 numbers in the widest register
+PIECE = 1 << 14  # numbers that torch leaves to one thread
 
 CLIPPING_MARGIN = 2.0**-8
 """Of C, what a patient is clipped below it: room for the rounding of norms and of sums in float32, so that
@@ -36,3 +39,29 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tiles = x.reshape(-1, TILE, inputs)
     found = torch.bmm(tiles, weight.t().expand(len(tiles), inputs, len(weight)))
     return found.view(-1, len(weight))[:rows, :outputs]
+
+
+def each_number(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+    """A function of each number, of tensors [rows, …] of one shape: a row's numbers are the same bit for bit
+    however many rows there are, if all that are contiguous fill registers.
+
+    Where torch shares out the numbers among threads it may begin and end anywhere, and takes what doesn't
+    fill a register there in another way, which can differ in the last bit. So one thread takes a piece.
+    """
+    x = values[0]
+    if x.numel() <= PIECE or x.device.type != "cpu" or torch.get_num_threads() == 1:
+        return function(*values)
+    if all(each.is_contiguous() for each in values):
+        pieces = zip(*(each.view(-1).split(PIECE) for each in values), strict=True)
+        return torch.cat([function(*some) for some in pieces]).view(x.shape)
+    rows = max(1, PIECE * len(x) // x.numel())
+    return torch.cat([function(*some) for some in zip(*(each.split(rows) for each in values), strict=True)])
+
+
+def sigmoid_(rows: torch.Tensor) -> None:
+    """In place; otherwise as `each_number`."""
+    if rows.numel() <= PIECE or rows.device.type != "cpu" or torch.get_num_threads() == 1:
+        rows.sigmoid_()
+        return
+    for some in rows.split(max(1, PIECE // rows.shape[1])):
+        some.sigmoid_()

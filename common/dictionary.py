@@ -5,6 +5,7 @@ What they mean for a site's text is common/schema's, for a model common/encoding
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -290,6 +291,15 @@ class Label(Strict):
             raise ValueError(
                 f"label {self.column}: transform sqrt goes with the range of a number, from 0 up"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_scaled(self) -> Self:
+        if self.number is not None:
+            low, high = self._learnt_range
+            widths = high - low, (high**2 - low**2 if self.transform == "sqrt" else high - low)
+            if not all(width > 0 and math.isfinite(2.0 / width) for width in widths):
+                raise ValueError(f"label {self.column}: range is too narrow, got {list(self.number.range)}")
         return self
 
     @model_validator(mode="after")

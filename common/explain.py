@@ -33,7 +33,7 @@ def explain(study: Study, parameters: int) -> Explanation:
         learnt = f"time until the event, {len(data.label.edges) - 1} intervals to {data.label.edges[-1]:g}"
         learnt += f" {data.label.unit}"
     if number is not None:
-        learnt = f"a number, {number.range[0]:g} to {number.range[1]:g} {number.unit}"
+        learnt = f"a number, {number.range[0]:g} to {number.range[1]:g} {number.unit}".removesuffix(" 1")
     rule = {
         "refuse": "is an error",
         "indicator": "is replaced by a public default and flagged",
@@ -51,6 +51,7 @@ def explain(study: Study, parameters: int) -> Explanation:
         f"Learns: {', '.join(data.label.sources[:10])} ({learnt}), with {study.model.name}, {parameters:,} "
         f"numbers.",
         *_beginning(study),
+        _loss(study),
         f"From: {_columns(study)}.",
         f"A missing value {rule}, unless its column says otherwise.",
         f"Patients are split {split}.",
@@ -68,7 +69,18 @@ def _beginning(study: Study) -> list[str]:
         lines.append(f"Begins with weights of a file: {told}SHA-256 {named.sha256}.")
     if frozen:
         lines.append(f"Of these stay as they begin: {', '.join(frozen)}.")
+    if lines:
+        lines.append(
+            "The coordinator sees to that: no site can check it, and its patients' privacy needs none of it."
+        )
     return lines
+
+
+def _loss(study: Study) -> str:
+    objective, label = study.objective, study.data.label
+    of = f" of {', '.join(f'{q:g}' for q in objective.quantiles)}" if objective.quantiles else ""
+    scale = ", on the scale of the label's square root" if label.transform == "sqrt" else ""
+    return f"Loss: {objective.loss}{of}{scale}."
 
 
 def _columns(study: Study) -> str:
@@ -93,7 +105,9 @@ def _privacy(study: Study) -> list[str]:
             "Privacy: NONE. The update of every round leaves as it is, and the metrics are exact.",
             "A deployed site refuses this, unless its policy says that its cohort is public anyway.",
         ]
-    of = {"number": "errors", "survival": "risks by time"}.get(study.data.label.kind, "scores")
+    kind = study.data.label.kind
+    of = {"number": "errors", "survival": "risks by time"}.get(kind, "scores")
+    sums = {"number": ", with their sums", "survival": ", with sums of squared errors"}.get(kind, "")
     groups = [column.name for column in study.subgroup_columns]
     by = f", also by {' and '.join(groups)}" if groups else ""
     lines = [
@@ -101,7 +115,7 @@ def _privacy(study: Study) -> list[str]:
         f"whatever the others' data are; a patient's records count together.",
         f"How: a patient's gradient is clipped to norm {privacy.clipping_norm:g}; the site adds noise.",
         f"Leaves the site: {study.algorithm.rounds} noised updates and {study.evaluations} noised "
-        f"histograms of {of} ({study.evaluation.bins} bins{by}). Rows, ids and exact counts stay.",
+        f"histograms of {of} ({study.evaluation.bins} bins{by}){sums}. Rows, ids and exact counts stay.",
     ]
     if study.statistics is not None:
         asked = study.statistics

@@ -125,7 +125,7 @@ def _sums(study: Study, scores: Array, labels: Array, weights: Array, bins: int)
         known = np.nan_to_num(scores.astype(np.float64), nan=0.0).clip(-1.0, 1.0)
         true = labels.astype(np.float64).clip(-1.0, 1.0)
         linear = study.data.label.untransformed
-        known, true = linear(known).clip(-1.0, 1.0), linear(true).clip(-1.0, 1.0)
+        known, true = (np.nan_to_num(linear(each), nan=0.0).clip(-1.0, 1.0) for each in (known, true))
         quantiles = study.objective.quantiles
         predicted = known[:, predicted_quantile(quantiles)] if quantiles else known
         found = _errors(predicted, true, weights, bins)

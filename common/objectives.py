@@ -113,9 +113,15 @@ def hazard_targets(labels: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.T
     return at_risk.to(outputs.dtype), event.to(outputs.dtype)
 
 
+def tried_objective(objective: Objective) -> Objective:
+    """What a network is tried with in the place of `objective`: the same task, with a loss that has a
+    gradient everywhere. A hinge's is zero where the margin is wide, and zeros would tell nothing."""
+    return Objective(task=objective.task) if objective.loss == "hinge" else objective
+
+
 def blank_labels(objective: Objective, records: int, device: torch.device) -> torch.Tensor:
     """Labels of the right type that are nobody's, for trying a network: [records] or [records, …]. Whatever
-    the outputs, each has a gradient by them."""
+    the outputs, each has a gradient by them, unless the loss is a hinge (see `tried_objective`)."""
     if objective.task in ("binary", "multi-class"):
         return torch.zeros(records, dtype=torch.int64, device=device)
     if objective.task == "regression":

@@ -39,6 +39,7 @@ EVERY_MODEL: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "mlp": ("mlp", [NUMBERS, FINGERPRINT], {"hidden": [5, 3]}),
     "cnn": ("cnn", [IMAGE], {"channels": [3, 5]}),
     "cnn with a hidden layer": ("cnn", [IMAGE], {"channels": [3], "hidden": 4}),
+    "cnn that keeps places": ("cnn", [IMAGE], {"channels": [3, 5], "pooling": "none"}),
     "cnn in 3-D": ("cnn", [VOLUME], {"channels": [3, 4]}),
     "resnet-18": ("resnet-18", [IMAGE], {"width": 2}),
     "resnet-18 with a large stem": ("resnet-18", [IMAGE], {"width": 2, "stem": "large"}),

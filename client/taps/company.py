@@ -101,12 +101,18 @@ class Company:
         like: a cohort's features [records, …], of which only shape and type count.
         taps: makes the function that is probed, of a network with other weights.
         limit: records of a pass, for memory; a public number.
+        named: what `taps` depends on besides the network.
     """
 
     def __init__(
-        self, network: nn.Module, like: torch.Tensor, taps: Callable[[nn.Module], Taps], limit: int
+        self,
+        network: nn.Module,
+        like: torch.Tensor,
+        taps: Callable[[nn.Module], Taps],
+        limit: int,
+        named: str = "",
     ) -> None:
-        self._network, self._taps, self._limit = network, taps, limit
+        self._network, self._taps, self._limit, self._named = network, taps, limit, named
         # Small passes may be computed in other ways than large ones: most are held against one of 16
         self._multiple = multiple_of(network) if limit >= multiple_of(network) else 1
         self._base = 16 if limit >= 16 else self._multiple
@@ -215,6 +221,7 @@ class Company:
             self._dtype,
             self._device.type,
             torch.get_num_threads(),
+            self._named,
         )
         digest.update(repr(told).encode())
         for name, module in self._network.named_modules():

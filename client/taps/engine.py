@@ -20,7 +20,7 @@ from client.taps.losses import output_gradients
 from client.taps.parts import Factors, Held, Norms, Part, Slot, chunks
 from client.taps.tape import Tape
 from common.errors import StudyError
-from common.objectives import blank_labels
+from common.objectives import blank_labels, tried_objective
 from common.study import Objective
 
 if TYPE_CHECKING:
@@ -166,12 +166,13 @@ class TappedGradients:
         kind = (tuple(features.shape[1:]), features.dtype, features.device, torch.get_num_threads())
         company = self._companies.get(kind)
         if company is None:
+            tried = tried_objective(self._objective)
 
             def taps(network: nn.Module) -> Taps:
-                return TappedGradients(network, self._objective, memory=self._memory)._all_taps()
+                return TappedGradients(network, tried, memory=self._memory)._all_taps()
 
             limit = self._limit(features)
-            company = self._companies[kind] = Company(self.network, features, taps, limit)
+            company = self._companies[kind] = Company(self.network, features, taps, limit, repr(tried))
         return company.seats(records)
 
     def _all_taps(self) -> Taps:

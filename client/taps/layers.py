@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client.rowwise import VECTOR
+from client.rowwise import VECTOR, each_number
 from client.taps.convolution import Convolution, Geometry, bias_part
 from client.taps.parts import Lookups, Slot, Vectors
 from client.taps.products import tapped_product
@@ -96,15 +96,16 @@ def convolution(name: str, layer: Any, slots: Slots, tape: Tape) -> Forward:
 def elementwise(name: str, layer: nn.Module, slots: Slots, tape: Tape) -> Forward:
     """A function of each number, on so many that all are computed alike: torch takes what is left over at the
     end in another way, which may differ in the last bit."""
-    own = type(layer).forward
+
+    def own(values: torch.Tensor) -> torch.Tensor:
+        return type(layer).forward(layer, values)  # type: ignore[no-any-return]
 
     def forward(input: torch.Tensor) -> torch.Tensor:
         count = input.numel()
         if count % _TOGETHER == 0 and input.is_contiguous():
-            return own(layer, input)  # type: ignore[no-any-return]
+            return each_number(own, input)
         filled = functional.pad(input.flatten(), (0, -count % _TOGETHER))
-        found: torch.Tensor = own(layer, filled)
-        return found[:count].view(input.shape)
+        return each_number(own, filled)[:count].view(input.shape)
 
     return forward
 

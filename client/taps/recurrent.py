@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client.rowwise import VECTOR
+from client.rowwise import VECTOR, sigmoid_
 from client.taps.layers import Forward, Slots, present
 from client.taps.parts import Slot
 from client.taps.products import rows_product, shared
@@ -69,7 +69,7 @@ class _LSTM(torch.autograd.Function):
         )
         for before, after, c_before, c_after, gate, sigmoids, t, o, i, f, g in steps:
             gate.baddbmm_(before, turn)
-            sigmoids.sigmoid_()
+            sigmoid_(sigmoids)
             g.tanh_()
             torch.mul(f, c_before, out=c_after)
             c_after.addcmul_(i, g)
@@ -159,7 +159,7 @@ class _GRU(torch.autograd.Function):
         for drive_rz, drive_n, tiles, before, after, turned, turned_rz, turned_n, rz_t, r, z, n_t in steps:
             torch.baddbmm(bias_h, tiles, turn, out=turned)
             torch.add(drive_rz, turned_rz, out=rz_t)
-            rz_t.sigmoid_()
+            sigmoid_(rz_t)
             torch.addcmul(drive_n, r, turned_n, out=n_t)
             n_t.tanh_()
             torch.lerp(n_t, before, z, out=after)

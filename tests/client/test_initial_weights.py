@@ -133,7 +133,9 @@ def test_what_cannot_be_frozen_is_refused(frozen: list[str], message: str) -> No
 
 def test_frozen_layers_stay_and_are_told() -> None:
     wanted = study_of(MODEL, model={"frozen": FROZEN})
-    assert "Of these stay as they begin: stem, stages.0." in explain(wanted, 1).lines
+    told = explain(wanted, 1).lines
+    place = told.index("Of these stay as they begin: stem, stages.0.")
+    assert "no site can check it" in told[place + 1]  # the coordinator sends all parameters in every round
     network = study_model(wanted)
     kept = {n for n, p in network.named_parameters() if not p.requires_grad}
     assert kept == {n for n in dict(network.named_parameters()) if n.startswith(("stem.", "stages.0."))}

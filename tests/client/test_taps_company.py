@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from client.taps import TappedGradients
 from client.taps import company as company_module
 from client.taps.company import Company, Seating
 from client.taps.coverage import ACTIVATIONS
+from common.study import Objective
 
 __all__ = ["one_thread"]  # a fixture that pytest finds here
 SIZES = (1, 2, 7, 16, 21, 33, 64)
@@ -203,6 +205,38 @@ def test_answers_are_kept_by_structure(monkeypatch: pytest.MonkeyPatch) -> None:
             network = nn.Sequential(make(), nn.Flatten(), nn.Linear(12, OUTPUTS))
             TappedGradients(network, OBJECTIVE).sum(cohort, everybody(cohort), 1.0)
     assert len(company_module._answers) == len(makes)
+
+
+@pytest.mark.parametrize("task", ["binary", "multi-class"])
+def test_a_hinge_does_not_blind_the_trial(task: Any) -> None:
+    """Sure of itself, a network has no gradient by a hinge loss: backward, all rows would be alike, zero."""
+
+    class Sure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, OUTPUTS if task == "multi-class" else 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            surely = torch.zeros(self.layer.out_features)
+            surely[0] = 9.0 if task == "multi-class" else -9.0
+            found: torch.Tensor = self.layer(x) + surely
+            return found
+
+    objective = Objective(task=task, loss="hinge")
+    engine, cohort = TappedGradients(Sure(), objective), cohort_of([1] * 20, (4,))
+    engine.outputs(cohort.features)
+    company = company_of(engine)
+    outputs, *taps = company._twin()(company._batch(16, ()))
+    assert all(bool(tap.any()) for tap in (outputs, *taps))
+
+
+def test_another_loss_has_answers_of_its_own() -> None:
+    """What is tapped depends on it, so that of two studies one would find the other's rows never alike."""
+    cohort = cohort_of([1] * 50, (3, 7))
+    for task, size in (("multi-class", 48), ("multi-label", 80)):
+        engine = TappedGradients(network_of("conv1d"), Objective(task=task))  # type: ignore[arg-type]
+        engine.outputs(cohort.features)
+        assert company_of(engine).fits(size)
 
 
 def test_where_features_lie_in_memory_does_not_matter() -> None:

@@ -3,6 +3,7 @@ file to the histogram of errors."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from client.cohort import Cohort, load_cohort
 from client.dpsgd import ClippedGradients, batch_of
 from client.training import Trainer
 from common.encoding import encode
-from common.errors import DataError
-from common.histograms import histogram_shapes
+from common.errors import DataError, StudyError
+from common.histograms import histogram_shapes, histograms
 from common.metrics import measure
 from common.models import study_model
 from common.objectives import record_losses, scores
 from common.privacy.noise import Seeded
-from common.privacy.plan import plan_study
+from common.privacy.plan import histogram_sensitivity, plan_study
 from common.schema import examine
 from common.study import Objective, Study
 from common.table import Table
@@ -238,3 +239,24 @@ def test_a_patients_gradient_is_clipped_in_regression_too(tmp_path: Path) -> Non
         total += alone
     everyone = batch_of(patients, np.arange(len(patients)), plan, Seeded(0).stream("sampling"))
     torch.testing.assert_close(clipped.sum(patients, everyone, 0.05).float(), total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("interval", "transform"),
+    [([0.0, 5e-324], "none"), ([0.0, 5e-324], "sqrt"), ([1.0, 1.0 + 2**-52], "sqrt")],
+)
+def test_a_range_in_which_no_number_has_a_place_is_refused(interval: list[float], transform: str) -> None:
+    """Its lower end would be 0 · ∞ on the scale that is learnt, and one such patient would make sums NaN."""
+    label = {"column": "y", "range": interval, "unit": "1", "transform": transform}
+    with pytest.raises(StudyError, match="range is too narrow"):
+        study(data={"label": label}, objective={"task": "regression"})
+
+
+@pytest.mark.parametrize("transform", ["none", "sqrt"])
+def test_a_label_that_is_no_number_adds_no_more_than_others(transform: str) -> None:
+    label = {**LABEL, "transform": transform}
+    wanted = study(data={"label": label}, objective={"task": "regression"}, evaluation={"tolerance": 0.1})
+    one = torch.ones(1, dtype=torch.float64)
+    sums = histograms(wanted, torch.tensor([0.5]), torch.tensor([torch.nan]), one, 10)
+    norm = math.sqrt(sum(float((array**2).sum()) for array in sums.values()))
+    assert norm <= histogram_sensitivity(wanted)  # NaN isn't
