@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from common.dictionary import NumericColumn
+from common.columns import NumericColumn
 from common.messages import Array
 from common.schema import Coded, Floats
 from common.statistics import (

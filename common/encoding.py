@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.dictionary import NumericColumn, Tabular
+from common.columns import NumericColumn, Tabular
 from common.errors import Refused
 from common.features import missing_rule, ordered_codes
 from common.schema import Coded, Floats, examine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.dictionary import CategoricalColumn, NumericColumn
+from common.columns import CategoricalColumn, NumericColumn
 from common.privacy.plan import NO_LIMITS, Limits, StudyPlan, plan_study
 from common.study import Study
 

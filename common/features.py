@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from common.dictionary import CategoricalColumn, Column, Tabular
+from common.columns import CategoricalColumn, Column, Tabular
 from common.modalities import MoleculeColumn, TextColumn
 from common.study import Study
 

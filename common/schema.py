@@ -19,9 +19,10 @@ import pandera.pandas as pandera
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.dictionary import Label, NumericColumn
+from common.columns import NumericColumn
 from common.errors import DataError, StudyError
 from common.features import WHOLE, missing_rule, normal_code, ordered_codes
+from common.label import Label
 from common.modalities import Wide
 from common.study import Study
 from common.table import Table, Violation

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.dictionary import CategoricalColumn, NumericColumn, Tabular
+from common.columns import CategoricalColumn, NumericColumn, Tabular
 from common.encoding import Scaling
 from common.errors import StudyError
 from common.estimates import Counts, Figure, Spread, consistent, quantiles, spread

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import CategoricalColumn, Data, NumericColumn
+from common.columns import CategoricalColumn, NumericColumn
+from common.dictionary import Data
 from common.errors import StudyError
 from common.fields import Digest, Finite, Fraction, Name, Positive, Slug
 from common.files import Strict, canonical_json, parse_config, read_bounded, validated

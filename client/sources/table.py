@@ -16,7 +16,7 @@ from client.sources.columnar import Locate, read_parquet
 from client.sources.delimited import read_csv
 from client.sources.fhir import read_fhir
 from client.sources.wide import check, decode
-from common.dictionary import CategoricalColumn, Column, NumericColumn
+from common.columns import CategoricalColumn, Column, NumericColumn
 from common.errors import DataError, SiteError
 from common.features import normal_code
 from common.schema import FINITE_NUMBER, missing_text, needed_columns, normal_text

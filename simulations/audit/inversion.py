@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from client.cohort import Patients
-from common.dictionary import NumericColumn
+from common.columns import NumericColumn
 from common.errors import StudyError
 from common.features import blocks
 from common.messages import Array, Arrays

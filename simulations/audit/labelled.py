@@ -24,7 +24,7 @@ from torch import nn
 from client.cohort import load_cohort
 from client.settings import SiteFolder
 from client.site import make_site_keys, read_split_key
-from common.dictionary import CategoricalColumn, NumericColumn
+from common.columns import CategoricalColumn, NumericColumn
 from common.errors import StudyError
 from common.features import ordered_codes
 from common.files import validated, write_atomic

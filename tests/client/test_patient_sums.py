@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from client.statistics import patient_sums
-from common.dictionary import NumericColumn
+from common.columns import NumericColumn
 from common.errors import StudyError
 from common.histograms import merged
 from common.schema import Coded

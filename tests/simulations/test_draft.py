@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from common.dictionary import CategoricalColumn, NumericColumn
+from common.columns import CategoricalColumn, NumericColumn
 from common.errors import DataError, DatasetError, StudyError
 from simulations.cli import app, slug
 from simulations.dealing import divided

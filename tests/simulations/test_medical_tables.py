@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.dictionary import CategoricalColumn
+from common.columns import CategoricalColumn
 from common.errors import DatasetError
 from common.study import Study, load_study
 from simulations.datasets import prepare
