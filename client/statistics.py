@@ -44,9 +44,9 @@ def patient_sums(study: Study, coded: Coded, patients: Indices) -> dict[str, Arr
     ids, who = np.unique(patients, return_inverse=True)
     count = len(ids)
     sums, histograms, codes, missing = [], [], [], []
+    labels = coded.labels[:, None] if coded.labels.ndim == 1 else coded.labels
     for i, column in enumerate(described_columns(study)):
         own = i - len(study.data.tabular)
-        labels = coded.labels.reshape(len(coded.labels), -1)
         values = labels[:, own] if own >= 0 else coded.columns[column.name]
         if isinstance(column, NumericColumn):
             moments, histogram, present = _numbers(values, column, bins, who, count)
