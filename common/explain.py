@@ -45,7 +45,7 @@ def explain(study: Study, parameters: int) -> Explanation:
         if data.split.by == "keyed-hash"
         else f"by column {data.split.column!r} ({data.split.test_fraction:.0%} test)"
     )
-    steps = f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs} epochs"
+    steps = _counted(training.local_steps, "step") or _counted(training.local_epochs, "epoch")
     lines = [
         f"Study {study.name} ({study.title}), digest {study.digest[:12]}.",
         f"Learns: {', '.join(data.label.sources[:10])} ({learnt}), with {study.model.name}, {parameters:,} "
@@ -74,6 +74,10 @@ def _beginning(study: Study) -> list[str]:
             "The coordinator sees to that: no site can check it, and its patients' privacy needs none of it."
         )
     return lines
+
+
+def _counted(number: int | None, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}" if number else ""
 
 
 def _loss(study: Study) -> str:
@@ -114,8 +118,9 @@ def _privacy(study: Study) -> list[str]:
         f"Privacy: (ε = {privacy.epsilon:g}, δ = {privacy.delta:g}) for each patient over a session, "
         f"whatever the others' data are; a patient's records count together.",
         f"How: a patient's gradient is clipped to norm {privacy.clipping_norm:g}; the site adds noise.",
-        f"Leaves the site: {study.algorithm.rounds} noised updates and {study.evaluations} noised "
-        f"histograms of {of} ({study.evaluation.bins} bins{by}){sums}. Rows, ids and exact counts stay.",
+        f"Leaves the site: {_counted(study.algorithm.rounds, 'noised update')} and "
+        f"{_counted(study.evaluations, 'noised histogram')} of {of} "
+        f"({study.evaluation.bins} bins{by}){sums}. Rows, ids and exact counts stay.",
     ]
     if study.statistics is not None:
         asked = study.statistics
@@ -142,8 +147,8 @@ def explain_cost(study: Study, public_size: int, limits: Limits = NO_LIMITS) -> 
     cost = (
         f"ε = {plan.epsilon:.3f} at δ = {plan.delta:g}: {plan.rounds * plan.steps_per_round} steps of about "
         f"{batch}, clipping norm {step.clipping_norm:g}, noise multiplier {step.noise_multiplier:g}; "
-        f"{plan.evaluations} evaluations, noise {final.noise_multiplier * final.sensitivity:.3g} patients a "
-        f"histogram cell at the end"
+        f"{_counted(plan.evaluations, 'evaluation')}, "
+        f"noise {final.noise_multiplier * final.sensitivity:.3g} patients a histogram cell at the end"
     )
     if plan.statistics is None:
         return cost
