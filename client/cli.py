@@ -39,17 +39,18 @@ public_size = {identity.public_size}
 # CSV or Parquet, one line a record, relative to this file.
 file = {file}
 
-# Instead of a file, the result of one SELECT, which is read without the right to write. A password stands in
+# Instead of file, the result of one SELECT, which is read without the right to write. A password stands in
 # password_file (chmod 600), PGPASSWORD or ~/.pgpass, never here.
 # sql = "sqlite:///emr.db"    # or "postgresql+psycopg://fedward@db.hospital/emr"
 # query_file = "cohort.sql"
 # password_file = "keys/database.secret"
 
-# Or FHIR R4 resources: a bundle (.json), a file of one resource a line (.ndjson), or a folder of these.
+# Or, again instead of file, FHIR R4 resources: a bundle (.json), a file of one resource a line (.ndjson), or
+# a folder of these.
 # fhir = "export/"
 # fhir_rows = "patient"    # or "encounter"
 # fhir_date = 2026-01-01    # when a patient's age is counted
-# [data.fhir_columns.hba1c]
+# [data.fhir_columns.hba1c]    # one for each of the study's columns, the label's included
 # resource = "Observation"
 # code = "http://loinc.org|4548-4"
 # value = "last"
@@ -60,6 +61,24 @@ file = {file}
 # column = "CHOL_MMOL"
 # unit = "mmol/L"
 # multiply = 38.67
+
+# Codes, yours = the study's:
+# [data.columns.sex]
+# codes = {{ M = "1", F = "0" }}
+
+# Where the files are that a column of images or series names:
+# [data.files.xray]
+# at = "xrays/"    # a folder, a .tar or .tar.gz, or an .npz
+#
+# [data.files.stay]
+# at = "labs.parquet"    # or .csv: one long table; or a folder of one file a stay
+# key = "stay_id"    # what its columns are called, if not key, time, parameter and value
+# time = "offset"    # since the stay's beginning
+# time_unit = "minutes"    # or "hours", or "HH:MM" if nothing is said
+# [data.files.stay.parameters.Glucose]    # variables that differ from the study's
+# names = ["50931"]
+# unit = "mmol/L"
+# multiply = 18.0
 """
 
 
@@ -180,7 +199,8 @@ def serve(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Run the vault until it is told to stop (SIGTERM). It opens no network connection."""
+    """Run the vault until it is told to stop (SIGTERM). It opens no network connection, unless
+    site.toml names a database server on another machine."""
     from client.service import serve as listen
     from client.settings import SiteFolder
     from client.site import open_vault

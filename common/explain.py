@@ -112,6 +112,10 @@ def _privacy(study: Study) -> list[str]:
     kind = study.data.label.kind
     of = {"number": "errors", "survival": "risks by time"}.get(kind, "scores")
     sums = {"number": ", with their sums", "survival": ", with sums of squared errors"}.get(kind, "")
+    if len(study.objective.quantiles) > 1:
+        sums += ", with how many lie in the predicted interval and its width"
+    if study.evaluation.tolerance is not None:
+        sums += f", with how many are predicted to within {study.evaluation.tolerance:.0%}"
     groups = [column.name for column in study.subgroup_columns]
     by = f", also by {' and '.join(groups)}" if groups else ""
     lines = [
@@ -126,7 +130,7 @@ def _privacy(study: Study) -> list[str]:
         asked = study.statistics
         use = "to scale numbers by" if study.data.scaling == "moments" else "to describe the cohort, if asked"
         lines.append(
-            f"Also leaves: noised counts, means, variances and histograms of every column, {use}, for "
+            f"Also leaves: noised counts, means, variances and histograms of numbers, codes and the label, {use}, for "
             f"(ε = {asked.epsilon:g}, δ = {asked.delta:g}) more."
         )
     return lines

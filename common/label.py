@@ -50,7 +50,8 @@ class Label(Strict):
         classes: class i is predicted as index i; in binary studies class 1 is the positive one.
         range: of a number; public, because it bounds what one patient adds to the released errors. It is
             scaled linearly to [-1, 1]; a value outside is a violation; predictions are kept within it.
-            Of a time, which counts from its lower end.
+            Of a time, which counts from its lower end; a longer one is a violation, and is to be censored at
+            the end of the range in the data.
         transform: of a number, before it is scaled and learnt; errors are told in the label's own unit all
             the same. `sqrt` suits doses and counts, whose spread grows with their size.
         unit: of a number or time, as for a numeric column.

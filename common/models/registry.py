@@ -43,7 +43,7 @@ class Shape:
             have = ", ".join(f"{b.name} ({b.kind})" for b in self.blocks) or "a table"
             raise StudyError(
                 f"this model takes one column of kind {' or '.join(kinds)}; the study has {have}",
-                remedy="choose a model for these columns (multimodal takes several kinds)",
+                remedy="choose a model for these columns (fusion takes several kinds)",
             )
         return self.blocks[0]
 
