@@ -130,8 +130,8 @@ def _privacy(study: Study) -> list[str]:
         asked = study.statistics
         use = "to scale numbers by" if study.data.scaling == "moments" else "to describe the cohort, if asked"
         lines.append(
-            f"Also leaves: noised counts, means, variances and histograms of numbers, codes and the label, {use}, for "
-            f"(ε = {asked.epsilon:g}, δ = {asked.delta:g}) more."
+            f"Also leaves: noised counts, means, variances and histograms of numbers, codes and the label, "
+            f"{use}, for (ε = {asked.epsilon:g}, δ = {asked.delta:g}) more."
         )
     return lines
 
