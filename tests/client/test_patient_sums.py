@@ -218,9 +218,7 @@ def test_values_all_over_the_range_stay_within_the_sensitivity() -> None:
             assert norm({"s": sums["sums"][0]}) <= 1.0
 
 
-@pytest.mark.parametrize(
-    "bounds", [(-8e307, 8e307), (0.0, 5e-324), (1.0, 1.0 + 2**-52), (-1e-300, 1e300)]
-)
+@pytest.mark.parametrize("bounds", [(-8e307, 8e307), (0.0, 5e-324), (1.0, 1.0 + 2**-52), (-1e-300, 1e300)])
 def test_absurd_ranges_cannot_break_the_bound(bounds: tuple[float, float]) -> None:
     columns = [{"kind": "numeric", "name": "x", "unit": "1", "range": list(bounds)}]
     odd = statistics_study(columns)

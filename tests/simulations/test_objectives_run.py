@@ -162,11 +162,12 @@ def test_it_is_explained(made: tuple[str, Path]) -> None:
         "quantile": "Learns: y (a number, 0 to 10 mg)",
         "survival": "Learns: T, E (time until the event, 5 intervals to 10 a)",
     }[task] in words
-    told = {"multi-label": "histograms of scores", "quantile": "of errors", "survival": "of risks by time"}
+    told = {"multi-label": "histogram of scores", "quantile": "of errors", "survival": "of risks by time"}
     assert told[task] in words
     losses = {"multi-label": "cross-entropy", "quantile": "quantile of 0.1, 0.5, 0.9", "survival": "hazard"}
     assert f"Loss: {losses[task]}." in words
-    sums = {"multi-label": "", "quantile": ", with their sums", "survival": ", with sums of squared errors"}
+    interval = ", with their sums, with how many lie in the predicted interval and its width"
+    sums = {"multi-label": "", "quantile": interval, "survival": ", with sums of squared errors"}
     assert f"bins){sums[task]}. Rows" in words
 
 
