@@ -33,4 +33,4 @@ tools:
 	ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 
 clean:
-	rm -rf runs sites .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs sites tables audit .pytest_cache .mypy_cache .ruff_cache
