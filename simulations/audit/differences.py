@@ -25,7 +25,7 @@ from simulations.audit.made_up import made_up
 
 RECORDS = (1, 1, 1, 1, 1, 1, 40, 40, 7, 2)  # of each patient
 _ENLARGED = (1.0, 8.0)  # times the start's parameters: a coordinator may send any
-_ROUNDING = 1e-4  # of sums in float32; the clipping margin leaves 40 times as much
+_ROUNDING = 1e-3  # of sums in float32; the clipping margin leaves four times as much
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class Difference:
 def differences(study: Study, plan: StudyPlan, seed: int = 0) -> tuple[Difference, ...]:
     """Measure what each of a few made-up patients adds, in units of the clipping norm.
 
-    The engine is that of a site's trainer.
+    The engine is that of a site's trainer. Patients are clipped to the study's norm, or to less where few
+    of them would be clipped at all.
     """
-    patients, C = made_up(study, RECORDS, seed), plan.step.clipping_norm or 1.0
+    patients = made_up(study, RECORDS, seed)
     nobody = Patients(patients.features[:0], patients.labels[:0], patients.offsets[:1])
     longest, apart, company, empty = 0.0, 0.0, 0.0, 0.0
     for enlarged in _ENLARGED:
@@ -59,6 +60,9 @@ def differences(study: Study, plan: StudyPlan, seed: int = 0) -> tuple[Differenc
         trainer.flat.load({n: enlarged * a for n, a in parameter_arrays(study_model(study, seed)).items()})
         engine = trainer.engine
         batch = _batch(patients, range(len(RECORDS)), plan)
+        gradients = [_gradient(study, engine, patients, _of(batch, [i])) for i in range(len(RECORDS))]
+        lengths = [float(each.norm()) for each in gradients]
+        C = min(plan.step.clipping_norm or 1.0, 0.5 * max(float(np.median(lengths)), 1e-6))
         whole = engine.sum(patients, batch, C)
         for i in range(len(RECORDS)):
             others = engine.sum(patients, _of(batch, [j for j in range(len(RECORDS)) if j != i]), C)
@@ -66,7 +70,7 @@ def differences(study: Study, plan: StudyPlan, seed: int = 0) -> tuple[Differenc
             changed = whole - others
             longest = max(longest, float(changed.norm()) / C)
             company = max(company, float((changed - alone).norm()) / C)
-            wanted = _by_hand(study, engine, patients, _of(batch, [i]), C)
+            wanted = gradients[i] * min(1.0, C * (1 - CLIPPING_MARGIN) / max(lengths[i], 1e-300))
             apart = max(apart, float((changed - wanted).norm()) / C)
         empty = max(empty, float(engine.sum(patients, _of(batch, []), C).abs().max()))
     return (
@@ -89,9 +93,9 @@ def _of(batch: Batch, wanted: list[int]) -> Batch:
     return Batch(batch.records[mine], place[batch.patient[mine]], batch.weights[mine], len(wanted))
 
 
-def _by_hand(study: Study, engine: Engine, patients: Patients, batch: Batch, C: float) -> torch.Tensor:
+def _gradient(study: Study, engine: Engine, patients: Patients, batch: Batch) -> torch.Tensor:
+    """Of a batch, by hand, not clipped; float64 [size]."""
     outputs = engine.network(patients.features[batch.records])
     losses = record_losses(study.objective, outputs, patients.labels[batch.records]) * batch.weights
     found = torch.autograd.grad(losses.sum(), engine.parameters, materialize_grads=True)
-    gradient = torch.cat([each.flatten() for each in found]).double()
-    return gradient * min(1.0, C * (1 - CLIPPING_MARGIN) / max(float(gradient.norm()), 1e-300))
+    return torch.cat([each.flatten() for each in found]).double()
