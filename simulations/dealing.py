@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import tomli_w
 
-from common.errors import DatasetError, StudyError
-from common.files import write_atomic
+from common.errors import StudyError
+from simulations.datasets.sites import Hospital, write_site
 from simulations.partition import by_column, iid
 
 
@@ -47,19 +46,7 @@ def write_sites(
     Raises:
         DatasetError: if a folder cannot be written, too.
     """
-    folders = []
-    for name, records in divided(frame, key, sites, by).items():
-        folder = to / name
-        size = max(1, records[key].nunique() // 10 * 10)
-        site = {"site": {"name": name, "public_size": size}, "data": {"file": "patients.csv"}}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            csv = records.to_csv(index=False, lineterminator="\n")
-            write_atomic(folder / "patients.csv", csv.encode())
-            write_atomic(folder / "site.toml", tomli_w.dumps(site).encode())
-        except OSError as error:
-            raise DatasetError(
-                f"{folder}: cannot be written ({error.strerror})", remedy="choose another folder"
-            ) from None
-        folders.append(folder)
-    return tuple(folders)
+    return tuple(
+        write_site(Hospital(name, records, records[key].nunique()), to / name)
+        for name, records in divided(frame, key, sites, by).items()
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,29 +46,37 @@ def write_sites(dataset: Dataset, hospitals: Sequence[Hospital], sites: Path) ->
     Raises:
         DatasetError: if the folder cannot be written.
     """
-    folders = []
     source = (
         f"{dataset.title}\n\nCitation: {dataset.citation}\nLicence: {dataset.licence}\n\n"
         "Prepared by fedward as one hospital of a simulated consortium. Public data, not a cohort of that "
         "hospital's present patients.\n"
     )
-    for hospital in hospitals:
-        folder = sites / hospital.name
-        site = {
-            "site": {"name": hospital.name, "public_size": max(1, hospital.eligible // 10 * 10)},
-            "data": {"file": "patients.csv"} | ({"files": hospital.places} if hospital.places else {}),
-        }
-        csv = hospital.patients.to_csv(index=False, lineterminator="\n")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "patients.csv", csv.encode())
-            for name, content in hospital.files.items():
-                write_atomic(folder / name, content)
-            write_atomic(folder / "SOURCE.txt", source.encode())
-            write_atomic(folder / "site.toml", tomli_w.dumps(site).encode())
-        except OSError as failure:
-            raise DatasetError(
-                f"{folder}: cannot be written ({failure.strerror})", remedy="choose another folder"
-            ) from None
-        folders.append(folder)
-    return tuple(folders)
+    own = {"SOURCE.txt": source.encode()}
+    return tuple(
+        write_site(replace(hospital, files={**hospital.files, **own}), sites / hospital.name)
+        for hospital in hospitals
+    )
+
+
+def write_site(hospital: Hospital, folder: Path) -> Path:
+    """Write one hospital's folder, site.toml last; returns it.
+
+    Raises:
+        DatasetError: if it cannot be written.
+    """
+    site = {
+        "site": {"name": hospital.name, "public_size": max(1, hospital.eligible // 10 * 10)},
+        "data": {"file": "patients.csv"} | ({"files": hospital.places} if hospital.places else {}),
+    }
+    csv = hospital.patients.to_csv(index=False, lineterminator="\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "patients.csv", csv.encode())
+        for name, content in hospital.files.items():
+            write_atomic(folder / name, content)
+        write_atomic(folder / "site.toml", tomli_w.dumps(site).encode())
+    except OSError as failure:
+        raise DatasetError(
+            f"{folder}: cannot be written ({failure.strerror})", remedy="choose another folder"
+        ) from None
+    return folder
