@@ -26,7 +26,7 @@ class Holdings:
         study: digest → the approved study.
         records: study → its records, checked.
         version: changes when the data behind `records` change.
-        split: study → what decides who trains and who tests; it must not change within a session.
+        split: study, version → what decides who trains and who tests; it must not change within a session.
         withdrawn: whose consent is withdrawn by now.
     """
 
@@ -36,7 +36,7 @@ class Holdings:
     study: Callable[[str], Study]
     records: Callable[[Study], Records]
     version: Callable[[], object] = lambda: None
-    split: Callable[[Study], str] = lambda study: ""
+    split: Callable[[Study, object], str] = lambda study, version: ""
     withdrawn: Callable[[], Withdrawn] = lambda: NOBODY
 
 
@@ -61,13 +61,16 @@ class Warm:
             self._models = {study.digest: {n: tuple(p.shape) for n, p in network.named_parameters()}}
         return self._models[study.digest]
 
-    def records(self, study: Study) -> Records:
+    def records(self, study: Study, version: object) -> Records:
         """The study's records, read anew when the data have changed.
+
+        Args:
+            version: of the data, as this request found them.
 
         Raises:
             SiteError, DataError: if they can't be read, or don't fit.
         """
-        key = study.digest, self.holdings.version()
+        key = study.digest, version
         records = self._records.get(key)
         if records is None:
             self._records.clear()
@@ -81,19 +84,22 @@ class Warm:
         self.touched = True
         return records
 
-    def trainer(self, study: Study, plan: StudyPlan, scaling: Scaling | None) -> Trainer:
+    def trainer(self, study: Study, plan: StudyPlan, scaling: Scaling | None, version: object) -> Trainer:
         """The study's trainer; a new one if plan, scaling or data are others.
+
+        Args:
+            version: as for `records`.
 
         Raises:
             SiteError, DataError: as `records`.
         """
         scaled = scaling.mean.tobytes() + scaling.deviation.tobytes() if scaling else b""
-        key = study.digest, self.holdings.version(), scaled
+        key = study.digest, version, scaled
         trainer = self._trainers.get(key)
         self.touched |= trainer is not None
         if trainer is None or trainer.plan != plan:
             self._trainers.clear()
-            cohort = cohort_of(self.records(study), study, scaling)
+            cohort = cohort_of(self.records(study, version), study, scaling)
             if study.statistics is None:
                 self._records.clear()  # the tensors suffice from here on
             trainer = self._trainers[key] = Trainer(

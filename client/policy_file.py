@@ -28,8 +28,8 @@ class PolicyReader:
 
     def __init__(self, folder: SiteFolder) -> None:
         self._folder = folder
-        self._policy_path, self._approved = folder.policy_path, folder.approved
-        self._study_path = self._approved / "none"
+        self._policy_path, self._approved = str(folder.policy_path), folder.approved
+        self._digest, self._study_path = "", ""
         self._policy: tuple[Signature, Policy] | None = None
         self._study: tuple[Signature, str, Study] | None = None
 
@@ -42,8 +42,8 @@ class PolicyReader:
 
     def study(self, digest: str) -> Study:
         """As `approved_study`."""
-        if self._study_path.stem != digest:
-            self._study_path = self._approved / f"{digest}.json"
+        if self._digest != digest:
+            self._digest, self._study_path = digest, str(self._approved / f"{digest}.json")
         now = signature(self._study_path)
         if self._study is None or self._study[:2] != (now, digest):
             self._study = now, digest, approved_study(self._folder, digest)

@@ -6,7 +6,6 @@ import hmac
 import os
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from client.holdings import Holdings
 from client.ledger import Ledger, check_certificates
 from client.policy_file import PolicyReader, Signature, signature
 from client.settings import SiteFolder
-from client.sources.version import data_version
+from client.sources.version import data_versions
 from client.vault import Vault
 from client.withdrawal import WithdrawnReader
 from common.errors import SiteError
@@ -66,9 +65,9 @@ def open_vault(
         policy=reader.policy,
         study=reader.study,
         records=lambda study: load_records(folder, study, key),
-        version=lambda: data_version(folder),
-        split=lambda study: _split_of(folder, study, key),
-        withdrawn=_while_unchanged(folder.withdrawn_path, WithdrawnReader(folder, key)),
+        version=data_versions(folder),
+        split=_splits(key),
+        withdrawn=_while_unchanged(str(folder.withdrawn_path), WithdrawnReader(folder, key)),
     )
     ledger = Ledger(folder.ledger_path, folder.replies, key=signing, durable=durable, prompt=prompt)
     try:
@@ -80,7 +79,7 @@ def open_vault(
     return Vault(holdings, ledger, drawn, issuer, padded=durable, computing=computing)
 
 
-def _while_unchanged(path: Path, read: Callable[[], Read]) -> Callable[[], Read]:
+def _while_unchanged(path: str, read: Callable[[], Read]) -> Callable[[], Read]:
     """`read`, but what it gave last as long as the file at `path` is the same."""
     known: tuple[Signature, Read] | None = None
 
@@ -94,11 +93,20 @@ def _while_unchanged(path: Path, read: Callable[[], Read]) -> Callable[[], Read]
     return current
 
 
-def _split_of(folder: SiteFolder, study: Study, key: bytes) -> str:
-    """Keyed digest of what decides who trains and who tests: the secret, or the data with the column."""
-    column = study.data.split.column
-    decides = "" if column is None else f"{column} {data_version(folder)}"
-    return hmac.digest(key, f"split {decides}".encode(), "sha256").hex()
+def _splits(key: bytes) -> Callable[[Study, object], str]:
+    """What gives the keyed digest of what decides who trains and who tests: the secret, or the data, by their
+    version, with the column."""
+    known: tuple[str | None, object, str] | None = None
+
+    def split(study: Study, version: object) -> str:
+        nonlocal known
+        column = study.data.split.column
+        if known is None or known[:2] != (column, version):
+            decides = "" if column is None else f"{column} {version}"
+            known = column, version, hmac.digest(key, f"split {decides}".encode(), "sha256").hex()
+        return known[2]
+
+    return split
 
 
 def read_split_key(folder: SiteFolder) -> bytes:

@@ -59,6 +59,7 @@ class _Work:
     """One request that may be answered, with all that answering it needs.
 
     Attributes:
+        version: of the data, as it was when the split was reserved.
         resumed: it was reserved by an attempt that failed, perhaps after rows were read.
     """
 
@@ -66,6 +67,7 @@ class _Work:
     study: Study
     plan: StudyPlan
     reservation: Reservation
+    version: object
     head: Head
     tells_metrics: bool
     resumed: bool
@@ -208,6 +210,7 @@ class Vault:
         epsilon, delta = (plan.epsilon, plan.delta) if plan.private else (None, None)
         if statistics:
             epsilon, delta = plan.statistics_epsilon, plan.statistics_delta
+        version = self._warm.holdings.version()
         reservation = Reservation(
             session=header.session,
             round=header.round,
@@ -215,7 +218,7 @@ class Vault:
             request=request,
             public_size=self._warm.holdings.public_size,
             plan=plan,
-            split=self._warm.holdings.split(study),
+            split=self._warm.holdings.split(study, version),
             training=plan.training_event() if plan.private and trains else None,
             evaluation=plan.evaluation_event(header.round) if evaluates and not exact else None,
             statistics=plan.statistics_event() if statistics else None,
@@ -228,7 +231,7 @@ class Vault:
         )
         resumed = self._ledger.has_reserved(reservation)
         head = self._ledger.reserve(reservation, approval, policy)
-        return _Work(job, study, plan, reservation, head, evaluates, resumed)
+        return _Work(job, study, plan, reservation, version, head, evaluates, resumed)
 
     def _outcome(self, work: _Work) -> Generator[Task, Arrays, tuple[Sealed, str, str | None]]:
         """The reply, the digest of what it tells, and its certificate; or a refusal that came of the work.
@@ -258,7 +261,8 @@ class Vault:
         if told.round == STATISTICS_ROUND:
             metrics = self._statistics(work)
         else:
-            trainer = self._warm.trainer(work.study, work.plan, _scaling(work.job, work.study))
+            scaling = _scaling(work.job, work.study)
+            trainer = self._warm.trainer(work.study, work.plan, scaling, work.version)
             if work.tells_metrics:
                 metrics = yield from self._metrics(work, trainer)
             if told.round <= work.plan.rounds:
@@ -307,7 +311,9 @@ class Vault:
         """
         if work.plan.statistics is None:
             raise Refused("statistics that the study doesn't ask for", remedy="add [statistics] to the study")
-        records = self._warm.records(work.study).without(self._warm.holdings.withdrawn().patients)
+        records = self._warm.records(work.study, work.version).without(
+            self._warm.holdings.withdrawn().patients
+        )
         sums = patient_sums(work.study, records.coded, records.patients)
         noised = noised_histograms(sums, work.plan.statistics, self._stream("statistics", work.reservation))
         least = self._warm.holdings.policy().floors.minimum_patients
