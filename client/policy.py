@@ -133,7 +133,7 @@ class Policy(Strict):
                 f"study {digest[:12]} is not approved at this site",
                 remedy="its operator approves studies: fedward-site approve FOLDER STUDY",
             )
-        if now is not None:
+        if now is not None and (found.valid_from or found.valid_until):
             moment = datetime.fromtimestamp(now, UTC)
             last = datetime.fromtimestamp(now if latest is None else latest, UTC)
             if moment < (found.valid_from or moment) or last > (found.valid_until or last):

@@ -59,7 +59,7 @@ class Trainer:
         place = resolve(computing.device)
         self.study, self.cohort, self.plan = study, cohort.on(place), plan
         self._withdrawn = withdrawn
-        self._known: tuple[Patients, Withdrawn, Patients] | None = None
+        self._known: dict[int, tuple[Patients, Withdrawn, Patients]] = {}  # who train, and who test
         self.augmenter = augmenter_of(study)
         self.network = study_model(study).to(place)
         self.flat = FlatParameters(self.network, place)
@@ -111,9 +111,9 @@ class Trainer:
     def consenting(self, patients: Patients) -> Patients:
         """Those of the cohort's `train` or `test` whose consent stands by now."""
         listed = self._withdrawn()
-        known = self._known
+        known = self._known.get(id(patients))
         if known is None or known[0] is not patients or known[1] is not listed:
-            known = self._known = patients, listed, patients.without(listed.patients)
+            known = self._known[id(patients)] = patients, listed, patients.without(listed.patients)
         return known[2]
 
 

@@ -288,11 +288,12 @@ class Vault:
 
     def _training(self, work: _Work, trainer: Trainer) -> Training:
         told = work.reservation
-        return Training(
-            trainer,
-            work.job.parameters,
-            lambda: (self._stream("sampling", told), self._stream("noise", told)),
-        )
+
+        def streams() -> tuple[Stream, Stream]:
+            sampling = self._stream("sampling", told)  # where there is no privacy, no noise is drawn
+            return sampling, self._stream("noise", told) if work.plan.private else sampling
+
+        return Training(trainer, work.job.parameters, streams)
 
     def _metrics(self, work: _Work, trainer: Trainer) -> Generator[Task, Arrays, Arrays]:
         told, parameters = work.reservation, work.job.parameters

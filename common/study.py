@@ -304,6 +304,8 @@ class Study(Strict):
     def subgroup_columns(self) -> tuple[CategoricalColumn, ...]:
         """The columns that `evaluation.subgroups` names, in that order; then those of `evaluation.bands`, by
         name, each band a code."""
+        if not self.evaluation.subgroups and not self.evaluation.bands:
+            return ()
         coded = {c.name: c for c in self.data.columns if isinstance(c, CategoricalColumn)}
         units = {c.name: c.unit for c in self.data.columns if isinstance(c, NumericColumn)}
         bands = [_banded(n, s, units[n]) for n, s in sorted(self.evaluation.bands.items())]
@@ -327,13 +329,12 @@ class Study(Strict):
     def outputs(self) -> int:
         """Width of the model's last layer: 1 logit in binary studies, 1 number in regression or one for each
         quantile, else one logit per class, label or interval of time."""
-        label = self.data.label
-        widths = {
-            "multi-class": len(label.classes),
-            "multi-label": len(label.columns),
-            "survival": max(1, len(label.edges) - 1),
-        }
-        return widths.get(self.objective.task, max(1, len(self.objective.quantiles)))
+        label, task = self.data.label, self.objective.task
+        if task == "multi-class":
+            return len(label.classes)
+        if task == "multi-label":
+            return len(label.columns)
+        return max(1, len(label.edges) - 1 if task == "survival" else len(self.objective.quantiles))
 
     @property
     def evaluations(self) -> int:

@@ -44,10 +44,18 @@ def fedavg(server_learning_rate: float = 1.0) -> FederatedAlgorithm:
     def apply(state: Arrays, parameters: Arrays, updates: Sequence[Update]) -> tuple[Arrays, Arrays]:
         ordered = sorted(updates, key=lambda u: u.site)
         total = sum(u.weight for u in ordered)
-        after = {}
+        mean = np.zeros(sum(value.size for value in parameters.values()))
+        share = np.empty_like(mean)  # of one site; everything in one piece, for small arrays cost calls
+        for update in ordered:
+            np.concatenate([update.delta[name] for name in parameters], axis=None, out=share)
+            share *= update.weight / total
+            mean += share
+        mean *= server_learning_rate
+        after, start = {}, 0
         for name, value in parameters.items():
-            mean = sum((u.weight / total) * u.delta[name].astype(np.float64) for u in ordered)
-            after[name] = (value + server_learning_rate * mean).astype(value.dtype)
+            part = mean[start : start + value.size].reshape(value.shape)
+            after[name] = (value + part).astype(value.dtype)
+            start += value.size
         return state, after
 
     return FederatedAlgorithm(init=lambda parameters: {}, apply=apply)

@@ -36,7 +36,8 @@ def screened(content: bytes, job: Job, study: Study) -> Reply | Refusal:
     statistics = asked.round == STATISTICS_ROUND
     trains = not statistics and asked.round <= study.algorithm.rounds
     _same_arrays(message.update, job.parameters if trains else {}, "update")
-    if any(study.model.freezes(name) and array.any() for name, array in message.update.items()):
+    frozen = [n for n in message.update if study.model.freezes(n)] if study.model.frozen else []
+    if any(message.update[name].any() for name in frozen):
         raise MessageError("an update of what the study freezes", remedy="update the site's software")
     # A site whose policy keeps its evaluation answers without metrics.
     evaluates = study.evaluates_in(asked.round) and bool(message.metrics)

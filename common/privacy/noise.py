@@ -14,12 +14,12 @@ factor that `noised` states; so what is proven for real numbers carries over.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -81,14 +81,15 @@ class Stream:
 
     def permutation(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
         """A uniformly random order of 0 … count-1 (ties of 64-bit keys are negligible)."""
-        return np.argsort(self.words(count), kind="stable")
+        return self.words(count).argsort(kind="stable")
 
     def normals(self, count: int, scale: float = 1.0) -> Iterator[Floats]:
         """`count` standard normals, times `scale`, in consecutive pieces, float64: each may be overwritten by
         the caller, and is by the next one. Not to be released as they are: see `noised`.
         """
         if self._normals is None:
-            self._normals = _Normals(self._counting_from(_NORMALS), self._counting_from(_TAILS))
+            tails = partial(self._counting_from, _TAILS)
+            self._normals = _Normals(self._counting_from(_NORMALS), tails)
         for piece in self._normals.take(count):
             if scale != 1.0:
                 piece *= scale
@@ -151,8 +152,9 @@ class _Normals:
     It is computed from αθ' with α³ = 1/3, as α² cos²θ' and αθ' ((αθ')² + 3α²) = tan θ', in fewer passes.
     """
 
-    def __init__(self, stream: CipherContext, tails: CipherContext) -> None:
-        self._stream, self._more = stream, tails
+    def __init__(self, stream: CipherContext, tails: Callable[[], CipherContext]) -> None:
+        self._stream, self._tails = stream, tails
+        self._more: CipherContext | None = None  # few streams come to need it
         self._pairs = _FIRST_PAIRS
         self._block = np.empty(0, dtype=np.complex128)
         self._waiting: Floats = np.empty(0)
@@ -220,6 +222,8 @@ class _Normals:
 
     def _tail(self, word: int) -> float:
         """A uniform number below 2^-24, of 128 bits, from the signed word that was found to be small."""
+        if self._more is None:
+            self._more = self._tails()
         more = int.from_bytes(self._more.update(bytes(8)), "little")
         return ((word if word >= 0 else ~word) + (more + 0.5) * 2.0**-64) * 2.0**-63
 
@@ -336,4 +340,4 @@ class Seeded:
     def key(self, purpose: str, *context: str | int) -> bytes:
         """32 bytes that depend on the seed, the purpose and the context alone."""
         message = json.dumps([purpose, *context]).encode()
-        return hmac.new(f"fedward simulation {self.seed}".encode(), message, hashlib.sha256).digest()
+        return hmac.digest(f"fedward simulation {self.seed}".encode(), message, "sha256")

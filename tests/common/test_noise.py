@@ -154,6 +154,11 @@ class Given:
         return len(data)
 
 
+def normals_of(content: bytes, more: bytes) -> module._Normals:
+    """Of these key streams, the second of which refines tails."""
+    return module._Normals(Given(content), lambda: Given(more))  # type: ignore[arg-type, return-value]
+
+
 def exactly(radius: int, position: int, arc: int, tail: int = 0) -> tuple[Any, Any, Any]:
     """r, r cos θ and r sin θ of two signed words and an unsigned one, to 40 digits."""
     u = abs(mpmath.mpf(radius)) / 2**63
@@ -200,7 +205,7 @@ def test_extreme_words(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = zip(*words, strict=True)
     kinds = ("<i8", "<i4", "<u2")
     content = b"".join(np.array(c, dtype=k).tobytes() for c, k in zip(columns, kinds, strict=True))
-    source = module._Normals(Given(content), Given(more.to_bytes(8, "little") * len(words)))  # type: ignore[arg-type]
+    source = normals_of(content, more.to_bytes(8, "little") * len(words))
     found = next(source.take(2 * len(words)))
     assert np.isfinite(found).all()
     assert np.abs(found).max() < 13.33
@@ -209,7 +214,7 @@ def test_extreme_words(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refined_tails_are_uniform() -> None:
-    source = module._Normals(Given(b""), Given(stream("more").bytes(8 * 50_000)))  # type: ignore[arg-type]
+    source = normals_of(b"", stream("more").bytes(8 * 50_000))
     words = stream("words").words(50_000) >> np.uint64(24)
     small = np.array([source._tail(int(w) - 2**39) for w in words])
     assert ((small > 0) & (small <= 2.0**-24)).all()
@@ -225,7 +230,7 @@ def test_tails_beyond_what_chance_shows_are_drawn_as_often_as_they_should_be() -
     for block in range(blocks):
         words = (stream("far", block).words(pairs) >> np.uint64(24)).astype(np.int64) - 2**39
         content = words.tobytes() + stream("far angles", block).bytes(6 * pairs)
-        source = module._Normals(Given(content), Given(stream("far tails", block).bytes(8 * pairs)))  # type: ignore[arg-type]
+        source = normals_of(content, stream("far tails", block).bytes(8 * pairs))
         found = next(source.take(2 * pairs))
         radii.append(np.hypot(found[::2], found[1::2]))
     square = np.concatenate(radii) ** 2 - 48 * np.log(2)
