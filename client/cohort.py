@@ -65,6 +65,10 @@ class Patients:
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
 
+    @property
+    def one_record_each(self) -> bool:
+        return self.labels.shape[0] == len(self)
+
     def __repr__(self) -> str:  # sizes are private
         return "Patients(…)"
 

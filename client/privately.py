@@ -41,7 +41,8 @@ def may_join(trainer: Trainer) -> bool:
         and type(engine) is DenseGradients
         and 0 < engine.size <= LARGEST
         and patients.features.device.type == "cpu"
-        and patients.labels.shape[0] == len(patients) > 0
+        and patients.one_record_each
+        and len(patients) > 0
     )
 
 

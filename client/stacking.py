@@ -151,7 +151,7 @@ def _drawn(training: Training) -> _Round:
     patients, plan = trainer.consenting(trainer.cohort.train), trainer.plan
     sampling, _ = training.streams()
     steps = shuffled(len(patients), plan, sampling)
-    if patients.labels.shape[0] == len(patients):  # one record each
+    if patients.one_record_each:
         chosen = list(steps)
         counts = [len(each) for each in chosen]
         return _Round(patients, counts, np.concatenate(chosen), _even(tuple(counts)))

@@ -32,6 +32,7 @@ MAX_CERTIFICATE_CHARACTERS = 4 << 20
 DTYPES = frozenset({"float32", "float64", "int64"})
 _TEXT = json.JSONEncoder(ensure_ascii=False)
 _RELEASED = b"released"
+_LITTLE = sys.byteorder == "little"
 _NAMES = {np.dtype(np.int64): "I64", np.dtype(np.float64): "F64", np.dtype(np.float32): "F32"}
 _RANKS = {kind: rank for rank, kind in enumerate(_NAMES)}  # the library lays out the widest first
 
@@ -179,7 +180,7 @@ def encode(message: Job | Reply | Refusal) -> bytes:
         arrays = _prefixed("parameters", message.parameters) | _prefixed("scaling", message.scaling)
     elif isinstance(message, Reply):
         arrays = message.arrays
-    return as_safetensors(arrays, message.header.model_dump_json())
+    return _written(arrays, message.header.model_dump_json())
 
 
 def decode(content: bytes) -> Job | Reply | Refusal:
@@ -243,7 +244,7 @@ def _array_head(name: str, kind: np.dtype[Any], shape: tuple[int, ...]) -> bytes
 def _little_endian(array: Array) -> Array:
     """In C order."""
     array = np.asarray(array, order="C")
-    if sys.byteorder == "little" and array.dtype.isnative:
+    if _LITTLE and array.dtype.isnative:
         return array
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
@@ -274,15 +275,20 @@ def as_safetensors(arrays: Arrays, header: str | None = None) -> bytes:
     Args:
         header: goes into the metadata; None leaves them out.
     """
-    if not all(array.dtype in _NAMES for array in arrays.values()):
-        return save(dict(arrays), metadata=None if header is None else {HEADER: header})
-    little = {name: _little_endian(array) for name, array in arrays.items()}
-    order = _layout(tuple([(name, array.dtype) for name, array in little.items()]))
+    return _written({name: _little_endian(array) for name, array in arrays.items()}, header)
+
+
+def _written(little: dict[str, Array], header: str | None) -> bytes:
+    try:
+        order = _layout(tuple([(name, array.dtype) for name, array in little.items()]))
+    except KeyError:  # of another type than we send
+        return save(little, metadata=None if header is None else {HEADER: header})
     parts, start = [], 0
     for name, opening in order:
         array = little[name]
-        end = start + array.nbytes
-        parts.append(f'{opening}{",".join(map(str, array.shape))}],"data_offsets":[{start},{end}]}}')
+        shape, end = array.shape, start + array.nbytes
+        lengths = shape[0] if len(shape) == 1 else ",".join(map(str, shape))
+        parts.append(f'{opening}{lengths}],"data_offsets":[{start},{end}]}}')
         start = end
     index = "".join(parts).encode()
     if header is None:
@@ -310,7 +316,8 @@ def _named(kind: str, place: tuple[int | str, ...]) -> str:
 
 
 def _prefixed(group: str, arrays: Arrays) -> dict[str, Array]:
-    return {f"{group}/{name}": _little_endian(array) for name, array in arrays.items()}
+    opening = f"{group}/"
+    return {opening + name: _little_endian(array) for name, array in arrays.items()}
 
 
 def _group(group: str, arrays: Arrays, allowed: set[str]) -> dict[str, Array]:
