@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from client.matrix import is_large, large_product
 from client.rowwise import TILE, VECTOR, each_number, product
 from client.taps.losses import output_gradients
 from common.objectives import blank_labels, tried_objective
@@ -135,6 +136,8 @@ class EachTile:
 def _tile_products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """x weightᵀ, [rows, outputs], of rows [rows, inputs] and each tile's weight [tiles, outputs, inputs]."""
     tiles, outputs, inputs = weights.shape
+    if is_large(x, outputs):
+        return torch.cat([large_product(*each) for each in zip(x.split(TILE), weights, strict=True)])
     if outputs % VECTOR:
         weights = functional.pad(weights, (0, 0, 0, -outputs % VECTOR))
     found = torch.bmm(x.reshape(tiles, TILE, inputs), weights.mT)
@@ -145,8 +148,7 @@ class _Own:
     """The layers' own weights, as `EachTile`."""
 
     def forward(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        found = product(x, layer.weight)
-        return found if layer.bias is None else found.add_(layer.bias)
+        return product(x, layer.weight, layer.bias)
 
     def back(self, layer: nn.Linear, g: torch.Tensor) -> torch.Tensor:
         return product(g, layer.weight.t())

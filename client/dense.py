@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from client.chain import Chain, Tapped, no_chain, trainable
 from client.device import STEP_MEMORY
+from client.matrix import outer_sum
 from client.rowwise import CLIPPING_MARGIN, TILE
 from client.taps.groups import Groups
 from common.errors import StudyError
@@ -345,15 +346,10 @@ class DenseGradients:
 def _summed(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x, float32 [outputs, inputs], of so many rows at a time that rounding stays small."""
     rows = x.shape[0]
-    if rows <= PASS:
-        return torch.mm(g.t(), x)
     size = -(-rows // -(-rows // PASS))  # even passes
-    total = torch.mm(g[:size].t(), x[:size])
-    if rows > size:
-        part = torch.empty_like(total)
-        for start in range(size, rows, size):
-            torch.mm(g[start : start + size].t(), x[start : start + size], out=part)
-            total += part
+    total = outer_sum(g[:size], x[:size])
+    for start in range(size, rows, size):
+        total += outer_sum(g[start : start + size], x[start : start + size])
     return total
 
 

@@ -4,7 +4,7 @@ The last bits of a matrix product depend on the matrix's size and on a row's pla
 it (sums that cancel, many times enlarged) turn such a bit into anything, so that one patient more would
 change what others add. Here the rows go through in tiles of one size, and the outputs are as many as fill
 the processor's vectors: then a row's result depends on nothing but the row and the weights (tests/client/
-test_rowwise, on the machine at hand).
+test_rowwise, on the machine at hand). oneDNN's kernels, for large layers, take each row alike by themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
+
+from client.matrix import is_large, large_product
 
 TILE = 32  # rows
 VECTOR = 16  # float32 numbers in the widest register
@@ -23,22 +25,26 @@ CLIPPING_MARGIN = 2.0**-8
 one patient more or less changes a sum by at most C all the same. Each engine says how much it needs."""
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x weightᵀ, [rows, outputs].
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weightᵀ + bias, [rows, outputs].
 
     Args:
         x: [rows, inputs].
         weight: [outputs, inputs].
+        bias: [outputs].
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
     if rows % TILE:
         x = functional.pad(x, (0, 0, 0, -rows % TILE))
+    if rows and is_large(x, outputs):
+        return large_product(x, weight, bias)[:rows]
     if outputs % VECTOR:
         weight = functional.pad(weight, (0, 0, 0, -outputs % VECTOR))
     tiles = x.reshape(-1, TILE, inputs)
     found = torch.bmm(tiles, weight.t().expand(len(tiles), inputs, len(weight)))
-    return found.view(-1, len(weight))[:rows, :outputs]
+    found = found.view(-1, len(weight))[:rows, :outputs]
+    return found if bias is None else found.add_(bias)
 
 
 def each_number(function: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from client.matrix import is_large, large_product
 from client.rowwise import TILE, VECTOR, product
 from client.taps.tape import Tape, refuse_changed
 
@@ -21,11 +22,14 @@ def rows_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """x weightᵀ + bias of x [records, …, inputs]; a tensor of its own, for no gradient is kept."""
     outputs, inputs = weight.shape
     flat = x.reshape(-1, inputs)
+    if is_large(flat, outputs) and len(flat) and not len(flat) % TILE:
+        found = large_product(flat, weight, bias)
+        result: Tensor = torch.ops.aten._unsafe_view(found, [*x.shape[:-1], outputs])
+        return result
     result = x.new_empty(*x.shape[:-1], outputs)
     rows = result.view(-1, outputs)
     if len(flat) % TILE or outputs % VECTOR or not len(flat):
-        found = product(flat, weight)
-        rows.copy_(found) if bias is None else torch.add(found, bias, out=rows)
+        rows.copy_(product(flat, weight, bias))
         return result
     torch.bmm(tiles(flat), shared(weight.t(), len(flat)), out=tiles(rows))
     return result if bias is None else result.add_(bias)

@@ -275,8 +275,8 @@ def test_nobodys_rounding_tells_of_others(widths: Sequence[int], each: int) -> N
         assert change(network, random, each) <= 1.0, seed
 
 
-def as_torch_does(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x @ weight.t()
+def as_torch_does(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def test_with_ordinary_products_that_test_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,9 +337,9 @@ def test_a_linear_models_record_is_computed_alike_in_any_company(objective: Obje
     assert torch.equal(alone[0], engine.sum(cohort, everybody(cohort), 1e9))
 
 
-def uneven(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def uneven(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A product on a machine where a row's place shows."""
-    found = x @ weight.t()
+    found = torch.nn.functional.linear(x, weight, bias)
     return found + 1e-7 * torch.arange(len(x), dtype=x.dtype)[:, None]
 
 

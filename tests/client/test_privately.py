@@ -102,6 +102,12 @@ def test_every_objective_and_activation(objective: dict[str, Any], label: int, a
     check([training(study, site, size) for site, size in enumerate([40, 12, 75])])
 
 
+def test_large_layers() -> None:
+    """Their products are others' than those of small ones."""
+    study = private_study(model={"name": "mlp", "parameters": {"hidden": [96, 128]}})
+    check([training(study, site, size) for site, size in enumerate([40, 12, 150])])
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_sites(data: st.DataObject) -> None:

@@ -12,7 +12,7 @@ from client.taps import recurrent
 from client.taps.products import rows_product, shared
 
 SHAPES = [(13, 1), (5, 7), (30, 2), (1, 1), (64, 256), (256, 64), (37, 192), (784, 128), (128, 10), (1000, 1),
-          (3, 100), (33, 17)]  # fmt: skip
+          (3, 100), (33, 17), (128, 64), (91, 91), (8192, 3), (9000, 40)]  # fmt: skip
 ROWS = [1, 2, 5, 31, 32, 33, 64, 200, 257]
 
 
@@ -31,13 +31,13 @@ def test_a_row_is_the_same_anywhere(shape: tuple[int, int], turned: bool, thread
     inputs, outputs = shape
     row, bias = torch.randn(1, inputs), torch.randn(outputs)
     weight = torch.randn(inputs, outputs).t() if turned else torch.randn(outputs, inputs)
-    expected, with_bias = product(row, weight), rows_product(row, weight, bias)
+    expected, with_bias = product(row, weight, bias), rows_product(row, weight, bias)
     for rows in ROWS:
         others = torch.randn(rows, inputs)
         kept = torch.arange(rows) % 3 > 0
         others[~kept] = row
         for found, same in (
-            (product(others, weight), expected),
+            (product(others, weight, bias), expected),
             (rows_product(others, weight, bias), with_bias),
         ):
             assert found.shape == (rows, outputs)
