@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 LARGE = 1 << 13  # multiplications for a row, from which on a call's own cost doesn't matter
 _MOST = 1 << 13  # inputs: threads share out longer sums, as the number of rows has it
 _WORTH = 1 << 21  # multiplications of all rows together
+_ROWS = 32
 
 
 def _kernel() -> Callable[..., torch.Tensor] | None:
@@ -49,12 +51,17 @@ def large_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """
     if _linear is None:
         raise RuntimeError("torch was built without oneDNN")
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # a part of something wider takes a thousand times as long
     with torch.no_grad():
         return _linear(x, weight, bias, "none", [], "")
 
 
 def outer_sum(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gᵀ x, float32 [outputs, inputs], Σ over rows of g [rows, outputs] and x [rows, inputs]."""
-    if g.numel() * x.shape[1] >= _WORTH and is_large(g.t(), x.shape[1]):
-        return large_product(g.t(), x.t())
-    return torch.mm(g.t(), x)
+    rows = len(g)
+    if g.numel() * x.shape[1] < _WORTH or not is_large(g.t(), x.shape[1]):
+        return torch.mm(g.t(), x)
+    if rows % _ROWS:  # for each number of rows oneDNN makes code of its own, and keeps it
+        g, x = (functional.pad(each, (0, 0, 0, -rows % _ROWS)) for each in (g, x))
+    return large_product(g.t(), x.t())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from client.matrix import outer_sum
 from client.rowwise import TILE, product
 from client.taps import recurrent
 from client.taps.products import rows_product, shared
@@ -75,3 +76,12 @@ def test_a_step_of_a_sequence_is_the_same_anywhere(shape: tuple[int, int], added
         assert torch.equal(result, result[:1].expand(rows, outputs))
         found.append(result[0])
     assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_a_large_product_of_parts_of_wider_tensors() -> None:
+    torch.manual_seed(3)
+    x, weight = torch.randn(64, 300)[:, 20:], torch.randn(200, 300)[::2, 20:]
+    expected = x.double() @ weight.double().t()
+    assert torch.allclose(product(x, weight).double(), expected, atol=1e-4)
+    g, inputs = torch.randn(77, 120)[:, :100], torch.randn(77, 400)[:, :300]
+    assert torch.allclose(outer_sum(g, inputs).double(), g.double().t() @ inputs.double(), atol=1e-4)
