@@ -69,5 +69,6 @@ def sigmoid_(rows: torch.Tensor) -> None:
     if rows.numel() <= PIECE or rows.device.type != "cpu" or torch.get_num_threads() == 1:
         rows.sigmoid_()
         return
-    for some in rows.split(max(1, PIECE // rows.shape[1])):
+    # Torch fills two registers at a time: an odd row of contiguous ones could end in half of that
+    for some in rows.split(max(2, PIECE // rows.shape[1] // 2 * 2)):
         some.sigmoid_()

@@ -65,7 +65,7 @@ def normalised(text: str) -> str:
 def _tokens(text: str, pieces: bool) -> Iterator[tuple[str, Literal["word", "piece"]]]:
     for match in _TOKEN.finditer(normalised(text)):
         word = match.group()
-        number = word.isdigit()
+        number = word.isdecimal()  # as the pattern has it: ² is a digit, and none of those
         yield (_LONG_NUMBER if number and len(word) > _LONGEST_NUMBER else word), "word"
         if pieces and not number:
             framed = f"<{word}>"

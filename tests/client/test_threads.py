@@ -49,6 +49,16 @@ def test_a_gate_is_the_same_in_any_company(threads: int) -> None:
         assert torch.allclose(whole[:, columns], gates[:, columns].sigmoid())
 
 
+@pytest.mark.parametrize("width", [16, 48, 80])
+def test_rows_that_end_within_two_registers(width: int, threads: int) -> None:
+    values = 3 * torch.randn((1552, width), generator=torch.Generator().manual_seed(0))
+    whole, few = values.clone(), values.clone()
+    sigmoid_(whole)
+    for some in few.split(16):
+        sigmoid_(some)
+    assert torch.equal(whole, few)
+
+
 @pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh, nn.GELU(approximate="tanh"), nn.SiLU()])
 @pytest.mark.parametrize("width", [1, 35, 64])
 def test_a_number_is_the_same_in_any_company(function: nn.Module, width: int, threads: int) -> None:
