@@ -36,7 +36,7 @@ def test_a_table_keeps_its_text_and_its_lines(tmp_path: Path) -> None:
     assert column(table, "pulse")[6] == ""
     assert table.place == "line"
     assert list(table.locate([0, 19])) == [2, 21]
-    assert "31" not in repr(table)
+    assert "31" not in repr(table).replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize(
