@@ -9,7 +9,7 @@ import torch
 
 from client.matrix import outer_sum
 from client.rowwise import TILE, product
-from client.taps import recurrent
+from client.taps import cells
 from client.taps.products import rows_product, shared
 
 SHAPES = [(13, 1), (5, 7), (30, 2), (1, 1), (64, 256), (256, 64), (37, 192), (784, 128), (128, 10), (1000, 1),
@@ -63,7 +63,7 @@ def test_products_are_right(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("added", [False, True])
 def test_a_step_of_a_sequence_is_the_same_anywhere(shape: tuple[int, int], added: bool, threads: int) -> None:
     torch.manual_seed(2)
-    tile = recurrent.TILE
+    tile = cells.TILE
     inputs, outputs = shape
     row, bias = torch.randn(1, inputs), torch.randn(1, outputs)
     weight = torch.randn(outputs, inputs)
