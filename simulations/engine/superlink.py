@@ -218,14 +218,15 @@ def _end(process: subprocess.Popen[bytes], owner: str) -> None:
 def _owned(process: subprocess.Popen[bytes], owner: str) -> list[int]:
     """The living processes of one SuperLink.
 
-    Ray's daemons leave its session and its tree, but not the environment that they were given (Linux's
-    /proc tells it; elsewhere only SuperLink itself is known, and Ray's daemons follow their driver).
+    Ray's daemons leave its session and its tree, but not the folder that they were started in, and most not
+    the environment that they were given: setting a title, some write over it (Linux's /proc tells; elsewhere
+    only SuperLink itself is known, and Ray's daemons follow their driver).
     """
     found = {process.pid} if process.poll() is None else set()
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or it has just ended
-            # Not by the variable's name: a process that sets its title may write over some of this
-            if owner.encode() in path.read_bytes():
-                found.add(int(path.parent.name))
+            # Not by the variable's name: a title may have been written over some of this
+            if owner.encode() in (path / "environ").read_bytes() or os.readlink(path / "cwd") == owner:
+                found.add(int(path.name))
     found.discard(os.getpid())
     return sorted(found)

@@ -66,12 +66,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def processes_that_know(text: str) -> list[int]:
-    """Processes with `text` in their environment or command line."""
+    """Processes with `text` in their environment, command line or working directory."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 known = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+                known += os.readlink(entry / "cwd").encode()
             except OSError:
                 continue
             if text.encode() in known:
