@@ -26,27 +26,30 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 """For x [gates, inputs], for the state [gates, hidden], and the biases [gates]."""
 
 
-def _tiles(values: Tensor) -> tuple[Tensor, ...]:
-    """At each time, [tiles, TILE, width] of [time, records, width]."""
-    return values.view(len(values), -1, TILE, values.shape[2]).unbind()
-
-
 class _Turn:
-    """What the states at one time are multiplied with, [inputs, outputs].
+    """What the states at one time are multiplied with.
 
-    Attributes:
-        add: (to, values, matrix, out=): to + values · matrix, of what `steps` gave.
+    Args:
+        matrix: [inputs, outputs].
+        rows: records.
     """
 
     def __init__(self, matrix: Tensor, rows: int) -> None:
-        self._whole = _as_tiles_do(rows, matrix.shape[0], matrix.shape[1], torch.get_num_threads())
-        self._whole &= matrix.device.type == "cpu" and matrix.dtype == torch.float32
-        self.matrix = matrix if self._whole else shared(matrix, rows, TILE)
-        self.add: Callable[..., Tensor] = torch.addmm if self._whole else torch.baddbmm
+        self._whole = (
+            matrix.device.type == "cpu"
+            and matrix.dtype == torch.float32
+            and _as_tiles_do(rows, *matrix.shape, torch.get_num_threads())
+        )
+        self._matrix = matrix if self._whole else shared(matrix, rows, TILE)
+        self._add: Callable[..., Tensor] = torch.addmm if self._whole else torch.baddbmm
 
     def steps(self, values: Tensor) -> tuple[Tensor, ...]:
-        """At each time, of [time, rows, width]."""
-        return values.unbind() if self._whole else _tiles(values)
+        """At each time, of [time, rows, width]: [rows, width], or [tiles, TILE, width]."""
+        return (values if self._whole else values.unflatten(1, (-1, TILE))).unbind()
+
+    def add(self, to: Tensor, values: Tensor, out: Tensor) -> None:
+        """to + values · matrix, of what `steps` gave."""
+        self._add(to, values, self._matrix, out=out)
 
 
 @lru_cache(maxsize=1024)
@@ -67,11 +70,17 @@ def _states(x: Tensor, first: Tensor) -> Tensor:
     return states
 
 
+def _doubled(gates: Tensor, hidden: int) -> Tensor:
+    """With the last gate, that of tanh, doubled; exact."""
+    result = gates.clone()
+    result[-hidden:] *= 2.0
+    return result
+
+
 class LSTM(torch.autograd.Function):
     """One direction of one layer (Hochreiter & Schmidhuber 1997); gates as o, i, f, g inside.
 
-    tanh(x) is taken as 2 sigmoid(2x) - 1, which torch has six times as fast: the weights of g are doubled,
-    without rounding.
+    tanh(x) is taken as 2 sigmoid(2x) - 1, which torch has six times as fast: the weights of g are doubled.
     """
 
     @staticmethod
@@ -80,12 +89,10 @@ class LSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden = h.shape[1]
         ours, theirs, bias_x, bias_h = (_rolled(w, hidden) for w in weights)
-        doubled = ours.new_ones(4 * hidden, 1)
-        doubled[3 * hidden :] = 2.0
-        bias = (bias_x + bias_h).mul_(doubled[:, 0])
-        gates = rows_product(x, ours * doubled, bias)  # before what the states add, then the gates
+        # Before what the states add, then the gates
+        gates = rows_product(x, _doubled(ours, hidden), _doubled(bias_x + bias_h, hidden))
         hs, cs, tanh_c = _states(x, h), _states(x, c), x.new_empty(len(x), *h.shape)
-        turn = _Turn((theirs * doubled).t().contiguous(), len(h))
+        turn = _Turn(_doubled(theirs, hidden).t().contiguous(), len(h))
         two, minus = x.new_tensor(2.0), x.new_tensor(-1.0)
         steps = zip(
             turn.steps(hs[:-1]),
@@ -99,7 +106,7 @@ class LSTM(torch.autograd.Function):
             strict=True,
         )
         for before, after, c_before, c_after, turned, gate, t, o, i, f, g in steps:
-            turn.add(turned, before, turn.matrix, out=turned)
+            turn.add(turned, before, turned)
             sigmoid_(gate)
             torch.add(minus, g, alpha=2, out=g)
             torch.mul(f, c_before, out=c_after)
@@ -142,7 +149,7 @@ class LSTM(torch.autograd.Function):
         dc_wide = dc[:, None]
         for dh, turned, carried_t, d_o, d_c, f_t, d_t in reversed(list(steps)):
             if last is not None:
-                turn.add(turned, last, turn.matrix, out=turned)
+                turn.add(turned, last, turned)
             dc.addcmul_(dh, carried_t)
             d_o.mul_(dh)
             d_c.mul_(dc_wide)
@@ -162,7 +169,7 @@ def _rolled(weight: Tensor, hidden: int) -> Tensor:
 class GRU(torch.autograd.Function):
     """One direction of one layer (Cho et al. 2014, as cuDNN has it); gates r, z, n.
 
-    tanh as in `LSTM`: what n is made of is doubled.
+    tanh as in `LSTM`, of n.
     """
 
     @staticmethod
@@ -171,13 +178,11 @@ class GRU(torch.autograd.Function):
     ) -> tuple[Tensor]:
         hidden = h.shape[1]
         ours, theirs, bias_x, bias_h = weights
-        doubled = ours.new_ones(3 * hidden)
-        doubled[2 * hidden :] = 2.0
-        drive, hs = rows_product(x, ours * doubled[:, None], bias_x * doubled), _states(x, h)
+        drive, hs = rows_product(x, _doubled(ours, hidden), _doubled(bias_x, hidden)), _states(x, h)
         state = torch.empty_like(drive)  # what the states are turned into
         rz, n = x.new_empty(*drive.shape[:2], 2 * hidden), x.new_empty(len(x), *h.shape)
-        turn = _Turn((theirs * doubled[:, None]).t().contiguous(), len(h))
-        bias, minus = bias_h * doubled, x.new_tensor(-1.0)
+        turn = _Turn(_doubled(theirs, hidden).t().contiguous(), len(h))
+        bias, minus = _doubled(bias_h, hidden), x.new_tensor(-1.0)
         steps = zip(
             drive[..., : 2 * hidden].unbind(),
             drive[..., 2 * hidden :].unbind(),
@@ -194,7 +199,7 @@ class GRU(torch.autograd.Function):
             strict=True,
         )
         for drive_rz, drive_n, rows, before, after, turned, turned_rz, turned_n, rz_t, r, z, n_t in steps:
-            turn.add(bias, rows, turn.matrix, out=turned)
+            turn.add(bias, rows, turned)
             torch.add(drive_rz, turned_rz, out=rz_t)
             sigmoid_(rz_t)
             torch.addcmul(drive_n, r, turned_n, out=n_t)
@@ -236,7 +241,7 @@ class GRU(torch.autograd.Function):
         for slope, z_t, d_t, flat_t, dh, turned in reversed(list(steps)):
             if rest is not None:
                 dh.addcmul_(rest[0], rest[1])
-                turn.add(turned, rest[2], turn.matrix, out=turned)
+                turn.add(turned, rest[2], turned)
             torch.mul(slope, dh[:, None], out=d_t)
             rest = dh, z_t, flat_t
         states = flat.transpose(0, 1).contiguous()
@@ -261,7 +266,7 @@ class RNN(torch.autograd.Function):
         turn = _Turn(theirs.t().contiguous(), len(h))
         steps = zip(*map(turn.steps, (drive, hs[:-1], hs[1:])), strict=True)
         for drive_t, before, after in steps:
-            turn.add(drive_t, before, turn.matrix, out=after)
+            turn.add(drive_t, before, after)
             after.tanh_() if tanh else after.relu_()
         ctx.save_for_backward(x, hs, ours, theirs)
         ctx.keep, ctx.tanh = keep, tanh
@@ -277,7 +282,7 @@ class RNN(torch.autograd.Function):
         steps = zip(*map(turn.steps, (dhs, slopes, d)), strict=True)
         for dh, slope, d_t in reversed(list(steps)):
             if last is not None:
-                turn.add(dh, last, turn.matrix, out=dh)
+                turn.add(dh, last, dh)
             torch.mul(dh, slope, out=d_t)
             last = d_t
         ctx.keep(x.transpose(0, 1), hs[:-1].transpose(0, 1), d.transpose(0, 1).contiguous(), None)

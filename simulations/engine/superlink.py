@@ -225,8 +225,11 @@ def _owned(process: subprocess.Popen[bytes], owner: str) -> list[int]:
     found = {process.pid} if process.poll() is None else set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or it has just ended
-            # Not by the variable's name: a title may have been written over some of this
-            if owner.encode() in (path / "environ").read_bytes() or os.readlink(path / "cwd") == owner:
+            environment = (path / "environ").read_bytes()
+            # Not by the variable's name: a title may have been written over some of this. Not by the folder
+            # alone: someone's shell may be in it
+            titled = environment.startswith(b"\0")
+            if owner.encode() in environment or (titled and os.readlink(path / "cwd") == owner):
                 found.add(int(path.name))
     found.discard(os.getpid())
     return sorted(found)
