@@ -48,6 +48,22 @@ def _asked(names: list[str] | None) -> list[str] | None:
     return names
 
 
+def _interpreters(given: list[str]) -> dict[str, Path]:
+    """NAME=PYTHON, of frameworks that `rounds` can run beside fedward."""
+    from simulations.benchmarks.peers import PEERS
+
+    found = dict[str, Path]()
+    for each in given:
+        name, _, python = each.partition("=")
+        if name not in PEERS or not Path(python).is_file():
+            raise typer.BadParameter(
+                f"--peer {each}: give one of {', '.join(PEERS)} and the python of an environment with it: "
+                "fedjax=/opt/fedjax/bin/python"
+            )
+        found[name] = Path(python)
+    return found
+
+
 def benchmark(
     names: Annotated[
         list[str] | None,
@@ -61,6 +77,14 @@ def benchmark(
     ray: Annotated[
         bool, typer.Option("--ray", help="Also Flower's Ray runtime; it listens on all interfaces meanwhile.")
     ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PYTHON",
+            help="Also another framework in `rounds`: fedjax or pfl, and the python of an environment that "
+            "has it. May be given again.",
+        ),
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(help="Training rounds of a run; else the benchmark's own.", min=2)
     ] = None,
@@ -77,6 +101,7 @@ def benchmark(
     from simulations.benchmarks.rounds import compare_rounds
     from simulations.benchmarks.sites import SITES, compare_sites
 
+    peers = _interpreters(peer or [])
     with speaking(json) as speaker, tempfile.TemporaryDirectory(prefix="fedward-") as temporary:
         work = Path(temporary)
         found: list[Comparison] = []
@@ -87,7 +112,7 @@ def benchmark(
             folder = work / name
             folder.mkdir(exist_ok=True)
             if name is Benchmark.rounds:
-                found += compare_rounds(folder, rounds=rounds, repeats=min(repeats, 3), ray=ray)
+                found += compare_rounds(folder, rounds=rounds, repeats=min(repeats, 3), ray=ray, peers=peers)
             elif name is Benchmark.sites:
                 counts = [count for count in SITES if count <= most_sites]
                 found += [

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ def compare_rounds(
     rounds: int | None = None,
     repeats: int = 3,
     ray: bool = False,
+    peers: Mapping[str, Path] | None = None,
 ) -> tuple[Comparison, ...]:
     """Each federation: bare loops first, then fedward; seconds are medians of `repeats` runs.
 
@@ -49,6 +50,8 @@ def compare_rounds(
 
     Args:
         rounds: instead of the federation's own number.
+        peers: other frameworks (`peers.PEERS`) → the interpreter that has them; they take part where an MLP
+            is trained without privacy.
 
     Raises:
         DeploymentError: if a run fails.
@@ -56,23 +59,37 @@ def compare_rounds(
     found = []
     for name in names:
         federation = FEDERATIONS[name]
-        found.append(_compare(replace(federation, rounds=rounds or federation.rounds), work, repeats, ray))
+        found.append(
+            _compare(replace(federation, rounds=rounds or federation.rounds), work, repeats, ray, peers or {})
+        )
     return tuple(found)
 
 
-def _compare(federation: Federation, work: Path, repeats: int, ray: bool) -> Comparison:
-    from simulations.benchmarks.floors import IMAGES, PRIVATE, PUBLIC
+def _compare(
+    federation: Federation, work: Path, repeats: int, ray: bool, peers: Mapping[str, Path]
+) -> Comparison:
+    from simulations.benchmarks.floors import IMAGES, PRIVATE, PUBLIC, load
+    from simulations.benchmarks.peers import SCRIPT, write_work
 
     sites = federation.write(work / federation.name / "sites")
     study = work / federation.name / "study.json"
     write_atomic(study, federation.study().canonical, mode=0o644)
     bare = PRIVATE if federation.private else IMAGES if federation.images else PUBLIC
-    ways = [*bare, FEDWARD, *([RAY] if ray else [])]
+    theirs = peers if bare is PUBLIC else {}
+    ways = [*bare, *theirs, FEDWARD, *([RAY] if ray else [])]
+    exchanged = work / federation.name / "work.npz"
+    if theirs:
+        write_work(load(load_study(study), sites, _SEED), exchanged)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     commands = []
     for repeat in range(repeats):
         for number, way in enumerate(ways):
-            runs[way].append(_measured(way, study, sites, work / federation.name / f"{repeat}-{number}"))
+            run = work / federation.name / f"{repeat}-{number}"
+            command = [sys.executable, "-m", __name__, way, str(study), str(sites), str(run)]
+            if way in theirs:
+                command = [str(theirs[way]), "-I", str(SCRIPT), way, str(exchanged), str(run)]
+            told = in_a_process(command, _LONGEST_SECONDS)
+            runs[way].append(json.loads(told.splitlines()[-1]))
         commands.append(_command(study, sites, work / federation.name / f"{repeat}-command"))
     plain = statistics.median(r["processor"] for r in runs[ways[0]])
     reference = _weights(work / federation.name / "0-0")
@@ -94,12 +111,6 @@ def _compare(federation: Federation, work: Path, repeats: int, ray: bool) -> Com
         results.append(Result(way, timings, more))
     title = f"{federation.name}: {federation.title}, {federation.rounds} rounds"
     return Comparison(federation.name, title, tuple(results))
-
-
-def _measured(way: str, study: Path, sites: Path, run: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", __name__, way, str(study), str(sites), str(run)]
-    told: dict[str, float] = json.loads(in_a_process(command, _LONGEST_SECONDS).splitlines()[-1])
-    return told
 
 
 def _command(study: Path, sites: Path, run: Path) -> float:

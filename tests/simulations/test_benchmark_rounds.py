@@ -18,6 +18,8 @@ from simulations.benchmarks import profiles
 from simulations.benchmarks.federations import FEDERATIONS, Federation, public_size
 from simulations.benchmarks.floors import PRIVATE, PUBLIC, load, run_floor
 from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing, in_a_process
+from simulations.benchmarks.peers import write_work
+from simulations.benchmarks.peers.run import Work
 from simulations.benchmarks.rounds import FEDWARD, compare_rounds
 from simulations.cli import app
 
@@ -103,10 +105,39 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     told = CliRunner().invoke(app, ["benchmark", "rounds", "--rounds", "5", "--json"])
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout) == {"benchmarks": [made.as_json()]}
-    assert asked == [{"rounds": 5, "repeats": 3, "ray": False}]
+    assert asked == [{"rounds": 5, "repeats": 3, "ray": False, "peers": {}}]
     shown = CliRunner().invoke(app, ["benchmark", "rounds"])
     assert "Four sites" in shown.stdout
     assert CliRunner().invoke(app, ["benchmark", "nonsense"]).exit_code == 2
+    for wrong in ("fedjax", "fedjax=/nowhere/python", f"flower={sys.executable}"):
+        refused = CliRunner().invoke(app, ["benchmark", "rounds", "--peer", wrong])
+        assert refused.exit_code == 2
+        assert "fedjax, pfl" in refused.output
+    asked.clear()
+    peer = ["--peer", f"pfl={sys.executable}"]
+    assert CliRunner().invoke(app, ["benchmark", "rounds", *peer]).exit_code == 0
+    assert asked[0]["peers"] == {"pfl": Path(sys.executable)}
+
+
+def test_a_peer_gets_the_same_work(tmp_path: Path) -> None:
+    floor = load(FEW.study(), FEW.write(tmp_path), seed=3)
+    write_work(floor, tmp_path / "work.npz")
+    work = Work.read(tmp_path / "work.npz")
+    assert (work.batch, work.rate) == (floor.batch, floor.rate)
+    for (features, labels), patients in zip(work.sites, floor.sites, strict=True):
+        np.testing.assert_array_equal(features, patients.features.numpy())
+        np.testing.assert_array_equal(labels, patients.labels.numpy())
+    for theirs, ours in zip(work.orders, floor.orders, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            np.testing.assert_array_equal(one, other.numpy())
+    assert [value.shape for value in work.parameters.values()] == [(64, 30), (64,), (2, 64), (2,)]
+
+
+def test_a_peer_that_isnt_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FEDERATIONS, "few", FEW)
+    monkeypatch.setattr("simulations.benchmarks.floors.PUBLIC", ())
+    with pytest.raises(DeploymentError, match="No module named 'jax'"):
+        compare_rounds(tmp_path, names=["few"], repeats=1, peers={"fedjax": Path(sys.executable)})
 
 
 def test_profiles_tell_where_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
