@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -72,6 +73,19 @@ class Files(Strict):
     time_unit: Literal["hours", "minutes", "HH:MM"] = "HH:MM"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     parameters: dict[str, Parameter] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a column's files are.
+
+    Attributes:
+        path: a folder or a file; may be absent.
+        files: the site's setting.
+    """
+
+    path: Path
+    files: Files
 
 
 class DataSource(Strict):

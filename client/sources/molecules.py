@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdFingerprintGenerator, rdMolDescriptors
 
+from client.settings import Where
 from common.modalities import DESCRIPTORS, MoleculeColumn
 from common.table import Decoded
-
-if TYPE_CHECKING:
-    from client.sources.wide import Where
 
 UNREADABLE = "not a SMILES that RDKit can read"
 TOO_LARGE = "a molecule beyond 1000 heavy atoms, or a SMILES beyond 4000 characters"

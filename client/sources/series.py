@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from client.settings import Where
 from client.sources.measurements import Rows, measurements
 from common.errors import DataError
 from common.modalities import SeriesColumn
 from common.table import Decoded, Positions
-
-if TYPE_CHECKING:
-    from client.sources.wide import Where
 
 _LARGEST = 3.0  # of a scaled value
 _ROUNDING = 1e-9  # of a step: 0.3 h in steps of 0.1 h lies in the fourth

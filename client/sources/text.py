@@ -7,15 +7,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from client.settings import Where
 from common.modalities import TextColumn
 from common.table import Decoded
-
-if TYPE_CHECKING:
-    from client.sources.wide import Where
 
 # Longer digits tell who rather than what (case numbers, telephones); all of them are one token.
 _LONGEST_NUMBER = 4

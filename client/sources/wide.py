@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from client.settings import Files, SiteFolder
+from client.settings import SiteFolder, Where
 from client.sources import images, measurements, series, text
 from common.errors import DataError, SiteError
 from common.modalities import SeriesColumn, Wide
 from common.study import Study
 from common.table import PLACES_SHOWN, Decoded
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where a column's files are.
-
-    Attributes:
-        path: a folder or a file; may be absent.
-        files: the site's setting.
-    """
-
-    path: Path
-    files: Files
-
 
 Reader = Callable[[Any, Sequence[str | None], Where | None], Decoded]
 """Takes the column, each record's cell (None = missing) and where its files are, if site.toml says so."""

@@ -35,11 +35,10 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.cohort import load_cohort
-from client.settings import Files, SiteFolder
+from client.settings import Files, SiteFolder, Where
 from client.site import make_site_keys
 from client.sources import images
 from client.sources.images import problems
-from client.sources.wide import Where
 from common.errors import DataError, SiteError
 from common.modalities import ImageColumn
 from common.table import Decoded

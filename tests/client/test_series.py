@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.settings import Files
+from client.settings import Files, Where
 from client.sources import measurements, series
 from client.sources.named import NOT_PLAIN, OUTSIDE, named_files
-from client.sources.wide import Where
 from common.errors import DataError, SiteError
 from common.modalities import SeriesColumn
 from common.table import Decoded

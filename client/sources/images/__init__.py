@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.settings import Where
 from client.sources.images import arrays, nifti
 from client.sources.images.problems import (
     EMPTY_FOLDER,
@@ -32,7 +33,6 @@ from common.table import Decoded
 
 if TYPE_CHECKING:
     from client.sources.images.dicom import Slice
-    from client.sources.wide import Where
 
 _GZIP = b"\x1f\x8b"
 _MOST_HELD = 4 * MOST_NUMBERS  # of slices whose volumes aren't complete

@@ -6,19 +6,17 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from client.settings import Where
 from client.sources.images.problems import NO_ROW
 from client.sources.images.shaping import Floats, channels_first
 from common.errors import DataError
 from common.modalities import ImageColumn
-
-if TYPE_CHECKING:
-    from client.sources.wide import Where
 
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
