@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from client.batches import Batch
 from client.cohort import Patients
-from client.dpsgd import Batch
 from common.features import blocks
 from common.modalities import Augmentation, ImageColumn
 from common.privacy.noise import Stream

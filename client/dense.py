@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from client.batches import Batch
 from client.chain import Chain, Tapped, no_chain, trainable
+from client.cohort import Patients
 from client.device import STEP_MEMORY
 from client.matrix import outer_sum
 from client.rowwise import CLIPPING_MARGIN, TILE
 from client.taps.groups import Groups
 from common.errors import StudyError
 from common.study import Objective
-
-if TYPE_CHECKING:
-    from client.cohort import Patients
-    from client.dpsgd import Batch
 
 MAX_RECORDS = 1024  # in one pass
 PASS = 160  # rows of one float32 product into the sum, at most

@@ -8,22 +8,20 @@ features, so that each call does all records at once.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from client.batches import Batch
+from client.cohort import Patients
 from client.dense import CANCELLING, DenseGradients, only_layer
 from client.device import STEP_MEMORY
 from client.rowwise import CLIPPING_MARGIN, TILE, VECTOR
 from common.errors import StudyError
 from common.study import Objective
-
-if TYPE_CHECKING:
-    from client.cohort import Patients
-    from client.dpsgd import Batch
 
 Floats = npt.NDArray[np.float64]
 MOST_NUMBERS = 1 << 20  # of a pass's features

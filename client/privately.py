@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 
 from client.ahead import CORES
+from client.batches import draw_batch
 from client.chain import EachTile, Tapped
 from client.cohort import Patients
 from client.dense import DenseGradients
-from client.dpsgd import draw_batch, noised_mean
+from client.dpsgd import noised_mean
 from client.flat import flat_step
 from client.rowwise import CLIPPING_MARGIN, TILE, VECTOR
 from common.messages import Arrays

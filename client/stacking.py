@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from client.batches import batch_of
 from client.chain import Chain, no_chain
 from client.cohort import Patients
-from client.dpsgd import batch_of
 from client.privately import may_join, memory, train_privately
 from client.stack import stack_of
 from client.tasks import Training, tried

@@ -13,9 +13,10 @@ import torch
 
 from client.ahead import DrawnAhead, drawn_ahead
 from client.augment import Augmenter, augmenter_of
+from client.batches import batch_of, draw_batch
 from client.cohort import Cohort, Patients
 from client.device import DEFAULT, Computing, resolve
-from client.dpsgd import Engine, batch_of, draw_batch, engine_of, noised_mean
+from client.dpsgd import Engine, engine_of, noised_mean
 from client.flat import FlatParameters, flat_step
 from client.withdrawal import NOBODY, Withdrawn
 from common.errors import Refused

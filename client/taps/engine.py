@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from client.batches import Batch
 from client.blocks import filled
+from client.cohort import Patients
 from client.device import STEP_MEMORY
 from client.rowwise import CLIPPING_MARGIN
 from client.taps.company import Company, Seats, Taps, multiple_of
@@ -22,10 +24,6 @@ from client.taps.tape import Tape
 from common.errors import StudyError
 from common.objectives import blank_labels, tried_objective
 from common.study import Objective
-
-if TYPE_CHECKING:
-    from client.cohort import Patients
-    from client.dpsgd import Batch
 
 MAX_RECORDS = 4096  # in one pass through the network
 CANCELLING = 2.0**7  # so many times as long as what they sum up to may a patient's rows be

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from client.batches import Batch, batch_of
 from client.cohort import Cohort, Patients
-from client.dpsgd import Batch, Engine, batch_of
+from client.dpsgd import Engine
 from client.rowwise import CLIPPING_MARGIN
 from client.training import Trainer
 from common.models import parameter_arrays, study_model

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from client.ahead import DRAWN_AHEAD, Cores, drawn_ahead
+from client.batches import draw_batch
 from client.cohort import Patients
-from client.dpsgd import draw_batch, engine_of, noised_mean
+from client.dpsgd import engine_of, noised_mean
 from client.flat import FlatParameters, flat_step
 from common.models.registry import Shape
 from common.models.tabular import mlp

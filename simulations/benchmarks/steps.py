@@ -33,9 +33,10 @@ from torch import nn
 from torch.nn import functional
 
 from client.ahead import Cores, drawn_ahead
+from client.batches import batch_of
 from client.cohort import Patients
 from client.dense import not_dense
-from client.dpsgd import Engine, batch_of, engine_of
+from client.dpsgd import Engine, engine_of
 from client.flat import FlatParameters, flat_step
 from client.rowwise import TILE
 from client.taps.company import multiple_of

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from client.batches import Batch
 from client.cohort import Patients
-from client.dpsgd import Batch
 from client.rowwise import CLIPPING_MARGIN
 from client.taps import TappedGradients
 from common.objectives import record_losses

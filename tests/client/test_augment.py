@@ -14,8 +14,9 @@ from torch import nn
 
 from client.ahead import drawn_ahead
 from client.augment import Augmenter, Picture, augmenter_of, turned
+from client.batches import Batch, batch_of, draw_batch
 from client.cohort import Cohort, Patients
-from client.dpsgd import Batch, batch_of, draw_batch, engine_of
+from client.dpsgd import engine_of
 from client.flat import FlatParameters, flat_step
 from client.stacking import groups, together
 from client.tasks import Training

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from small import WIDTH, classes, patients, step_plan, study, without
 
+from client.batches import Batch, batch_of, draw_batch, pieces
 from client.cohort import Cohort, Patients
-from client.dpsgd import Batch, ClippedGradients, Engine, batch_of, draw_batch, engine_of, noised_mean, pieces
+from client.dpsgd import ClippedGradients, Engine, engine_of, noised_mean
 from client.rowwise import CLIPPING_MARGIN
 from client.training import Trainer
 from common.models import parameter_arrays, study_model

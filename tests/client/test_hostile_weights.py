@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 from client import dpsgd
+from client.batches import batch_of
 from client.blocks import LANES, filled, layout
 from client.cohort import Cohort, Patients
-from client.dpsgd import ClippedGradients, batch_of
+from client.dpsgd import ClippedGradients
 from client.taps import TappedGradients, products
 from client.taps.company import Seats
 from client.training import Trainer

@@ -21,8 +21,8 @@ from tapped import (
 from test_taps import LAYERS, Mean, head, network_of
 from torch import nn
 
+from client.batches import Batch
 from client.cohort import Patients
-from client.dpsgd import Batch
 from client.taps import TappedGradients
 from client.taps import company as company_module
 from client.taps.company import Company, Seating

@@ -16,7 +16,8 @@ from tapped import OBJECTIVE, OUTPUTS, assert_exact, cohort_of, everybody, one_t
 from torch import nn
 from torch.nn import functional
 
-from client.dpsgd import Batch, ClippedGradients
+from client.batches import Batch
+from client.dpsgd import ClippedGradients
 from client.rowwise import CLIPPING_MARGIN
 from client.taps import TappedGradients, covers
 from client.taps.convolution import Convolution, Geometry

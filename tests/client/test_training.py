@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from small import allow, answered, job, make_site, patients, study
 from torch import nn
 
+from client.batches import batch_of
 from client.cohort import Cohort, Patients
 from client.device import Computing, resolve
-from client.dpsgd import batch_of
 from client.flat import FlatParameters, flat_step
 from client.settings import SiteFolder
 from client.site import open_vault

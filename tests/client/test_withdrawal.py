@@ -16,8 +16,8 @@ from small import WIDTH, allow, answered, epsilon_of_gaussians, job, make_site, 
 
 from client import training
 from client.account import read_account
+from client.batches import Batch, draw_batch
 from client.cohort import Patients, load_cohort, load_records
-from client.dpsgd import Batch, draw_batch
 from client.participation import Participation, participations
 from client.policy import approval_of
 from client.policy_file import approve, revoke, set_policy

@@ -25,9 +25,10 @@ from small import patients, step_plan, study, without
 
 from client import ahead, dpsgd
 from client.ahead import Cores, drawn_ahead
+from client.batches import Batch
 from client.cohort import Cohort
 from client.dense import DenseGradients
-from client.dpsgd import Batch, ClippedGradients, Engine, noised_mean
+from client.dpsgd import ClippedGradients, Engine, noised_mean
 from client.linear import LinearGradients
 from client.release import noised_histograms
 from client.rowwise import CLIPPING_MARGIN

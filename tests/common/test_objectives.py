@@ -16,8 +16,9 @@ from sklearn import metrics as sklearn
 from small import classes, make_site, study
 from torch.nn import functional
 
+from client.batches import batch_of
 from client.cohort import Cohort, load_cohort
-from client.dpsgd import ClippedGradients, batch_of
+from client.dpsgd import ClippedGradients
 from client.training import Trainer
 from common.encoding import encode
 from common.errors import DataError, StudyError

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from client import training, vault
+from client.batches import Batch, batch_of, draw_batch
 from client.cohort import Patients
-from client.dpsgd import Batch, Engine, batch_of, draw_batch, noised_mean
+from client.dpsgd import Engine, noised_mean
 from common.messages import Arrays
 from common.objectives import record_losses
 from common.privacy.noise import Normals, Seeded, Stream

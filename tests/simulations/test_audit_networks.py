@@ -13,6 +13,7 @@ import torch
 from faulty import planted
 
 from client import dpsgd, training
+from client.batches import Batch
 from client.cohort import Patients
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
@@ -69,22 +70,22 @@ class _Summed:
         self._engine, self._faulty = engine, faulty
         self.network, self.parameters = engine.network, engine.parameters
 
-    def sum(self, patients: Patients, batch: dpsgd.Batch, clipping_norm: float) -> torch.Tensor:
+    def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         found: torch.Tensor = self._faulty(self._engine, patients, batch, clipping_norm)
         return found
 
 
-def _twice(engine: dpsgd.Engine, patients: Patients, batch: dpsgd.Batch, c: float) -> torch.Tensor:
+def _twice(engine: dpsgd.Engine, patients: Patients, batch: Batch, c: float) -> torch.Tensor:
     return engine.sum(patients, batch, 2 * c)
 
 
-def _mean(engine: dpsgd.Engine, patients: Patients, batch: dpsgd.Batch, c: float) -> torch.Tensor:
+def _mean(engine: dpsgd.Engine, patients: Patients, batch: Batch, c: float) -> torch.Tensor:
     return engine.sum(patients, batch, c) / max(1, batch.patients)
 
 
-def _records(engine: dpsgd.Engine, patients: Patients, batch: dpsgd.Batch, c: float) -> torch.Tensor:
+def _records(engine: dpsgd.Engine, patients: Patients, batch: Batch, c: float) -> torch.Tensor:
     count = len(batch.records)
-    return engine.sum(patients, dpsgd.Batch(batch.records, torch.arange(count), torch.ones(count), count), c)
+    return engine.sum(patients, Batch(batch.records, torch.arange(count), torch.ones(count), count), c)
 
 
 @pytest.mark.parametrize("faulty", [_twice, _mean, _records])
