@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,12 +17,14 @@ import numpy as np
 import pytest
 from cluster import START_SECONDS, Cluster, pids, vault_process
 from opacus.accountants.analysis.rdp import compute_rdp
+from safetensors.numpy import save_file
 
 from client.account import read_account, spending
 from client.policy import approval_of
 from client.policy_file import approve, load_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys
+from common.models import parameter_arrays, study_model
 from common.privacy.mechanism import GaussianRelease, SubsampledGaussian, rate_and_steps
 from common.privacy.noise import Seeded
 from common.privacy.plan import plan_study
@@ -204,6 +207,30 @@ def test_ten_studies_on_one_cohort_stop_where_the_policy_says_and_the_others_go_
     told_by_site = command("fedward-site", "budget", consortium.sites[tight].root)[1]
     assert isinstance(told_by_site["lifetime"], dict)
     assert 0.6 < told_by_site["lifetime"]["share_reserved"] <= 1 + 1e-9
+
+
+def test_a_deployed_study_begins_with_the_weights_that_it_names(
+    consortium: Cluster, study: Path, tmp_path: Path
+) -> None:
+    value = small_study(study, 98).model_dump(mode="json")
+    shapes = parameter_arrays(study_model(Study.model_validate(value)))
+    weights = tmp_path / "weights.safetensors"
+    save_file({name: np.full_like(array, 50.0) for name, array in shapes.items()}, weights)
+    value["model"]["initial_weights"] = {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    wanted = Study.model_validate(value)
+    path = tmp_path / "study.json"
+    path.write_bytes(wanted.canonical)
+    for site in consortium.sites.values():
+        approve(site, wanted, approval_of(wanted, "officer"), plan_study(wanted, site.file.site.public_size))
+    line = ["fedward-server", "run", consortium.coordinator.root, path, "--quorum", "2"]
+    status, told = command(*line)
+    assert (status, told["remedy"]) == (2, "give that file: --initial FILE.safetensors")
+    status, told = command(*line, "--initial", weights)
+    assert status == 0, told
+    ended = part(sessions.store_of(consortium.coordinator).checkpoint(str(told["session"]), 2), PARAMETERS)
+    for name, array in ended.items():
+        assert not np.array_equal(array, np.full_like(array, 50.0)), name
+        np.testing.assert_allclose(array, 50.0, atol=25.0, err_msg=name)
 
 
 def test_every_certificate_of_the_deployment_holds_but_for_its_seeds(consortium: Cluster) -> None:
