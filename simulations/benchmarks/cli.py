@@ -81,8 +81,8 @@ def benchmark(
         list[str] | None,
         typer.Option(
             metavar="NAME=PYTHON",
-            help="Also another framework in `rounds`: fedjax or pfl, and the python of an environment that "
-            "has it. May be given again.",
+            help="Also another framework in `rounds`: fedjax, pfl or flower, and the python of an "
+            "environment that has it. May be given again. Flower's Ray listens on all interfaces meanwhile.",
         ),
     ] = None,
     rounds: Annotated[

@@ -50,8 +50,8 @@ def compare_rounds(
 
     Args:
         rounds: instead of the federation's own number.
-        peers: other frameworks (`peers.PEERS`) → the interpreter that has them; they take part where an MLP
-            is trained without privacy.
+        peers: other frameworks (`peers.PEERS`) → the interpreter that has them; they take part in what they
+            can train (`peers.takes`).
 
     Raises:
         DeploymentError: if a run fails.
@@ -69,13 +69,13 @@ def _compare(
     federation: Federation, work: Path, repeats: int, ray: bool, peers: Mapping[str, Path]
 ) -> Comparison:
     from simulations.benchmarks.floors import IMAGES, PRIVATE, PUBLIC, load
-    from simulations.benchmarks.peers import SCRIPT, write_work
+    from simulations.benchmarks.peers import SCRIPT, takes, write_work
 
     sites = federation.write(work / federation.name / "sites")
     study = work / federation.name / "study.json"
     write_atomic(study, federation.study().canonical, mode=0o644)
     bare = PRIVATE if federation.private else IMAGES if federation.images else PUBLIC
-    theirs = peers if bare is PUBLIC else {}
+    theirs = {name: python for name, python in peers.items() if takes(name, federation)}
     ways = [*bare, *theirs, FEDWARD, *([RAY] if ray else [])]
     exchanged = work / federation.name / "work.npz"
     if theirs:

@@ -18,7 +18,7 @@ from simulations.benchmarks import profiles
 from simulations.benchmarks.federations import FEDERATIONS, Federation, public_size
 from simulations.benchmarks.floors import PRIVATE, PUBLIC, load, run_floor
 from simulations.benchmarks.measure import HEADER, Comparison, Result, Timing, in_a_process
-from simulations.benchmarks.peers import write_work
+from simulations.benchmarks.peers import takes, write_work
 from simulations.benchmarks.peers.run import Work
 from simulations.benchmarks.rounds import FEDWARD, compare_rounds
 from simulations.cli import app
@@ -109,10 +109,10 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = CliRunner().invoke(app, ["benchmark", "rounds"])
     assert "Four sites" in shown.stdout
     assert CliRunner().invoke(app, ["benchmark", "nonsense"]).exit_code == 2
-    for wrong in ("fedjax", "fedjax=/nowhere/python", f"flower={sys.executable}"):
+    for wrong in ("fedjax", "fedjax=/nowhere/python", f"ours={sys.executable}"):
         refused = CliRunner().invoke(app, ["benchmark", "rounds", "--peer", wrong])
         assert refused.exit_code == 2
-        assert "fedjax, pfl" in refused.output
+        assert "fedjax, pfl, flower" in refused.output
     asked.clear()
     peer = ["--peer", f"pfl={sys.executable}"]
     assert CliRunner().invoke(app, ["benchmark", "rounds", *peer]).exit_code == 0
@@ -131,6 +131,19 @@ def test_a_peer_gets_the_same_work(tmp_path: Path) -> None:
         for one, other in zip(theirs, ours, strict=True):
             np.testing.assert_array_equal(one, other.numpy())
     assert [value.shape for value in work.parameters.values()] == [(64, 30), (64,), (2, 64), (2,)]
+    assert work.noise == ()
+
+
+def test_a_peer_gets_the_same_privacy(tmp_path: Path) -> None:
+    private = replace(FEW, private=True)
+    floor = load(private.study(), private.write(tmp_path), seed=3)
+    write_work(floor, tmp_path / "work.npz")
+    work = Work.read(tmp_path / "work.npz")
+    assert work.noise == tuple(plan.step.noise_multiplier for plan in floor.plans)
+    assert work.clipping_norm == floor.plans[0].step.clipping_norm
+    assert takes("flower", private)
+    assert not takes("fedjax", private)
+    assert not takes("flower", FEDERATIONS["w2a"])
 
 
 def test_a_peer_that_isnt_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.models import parameter_arrays, study_model
-from simulations.benchmarks.peers.run import PEERS
+from simulations.benchmarks.peers.run import PEERS, PRIVATE
 
 if TYPE_CHECKING:
+    from simulations.benchmarks.federations import Federation
     from simulations.benchmarks.floors import Floor
 
 SCRIPT = Path(__file__).with_name("run.py")
 
-__all__ = ["PEERS", "SCRIPT", "write_work"]
+__all__ = ["PEERS", "SCRIPT", "takes", "write_work"]
+
+
+def takes(name: str, federation: Federation) -> bool:
+    """Whether `run.py` has this federation for that framework: MLPs, and privacy as an example shows it."""
+    return not federation.images and (not federation.private or name in PRIVATE)
 
 
 def write_work(floor: Floor, path: Path) -> None:
-    """What `run.py` reads: an MLP's federation without privacy, with its batches in fedward's order."""
+    """What `run.py` reads: an MLP's federation, with its batches in fedward's order."""
     counts = [len(each) for each in floor.sites]
     arrays = {
         "features": np.concatenate([each.features.numpy() for each in floor.sites]),
@@ -30,6 +36,8 @@ def write_work(floor: Floor, path: Path) -> None:
         "test_labels": floor.test.labels.numpy(),
         "batch": np.array(floor.batch),
         "rate": np.array(floor.rate),
+        "noise": np.array([plan.step.noise_multiplier for plan in floor.plans if plan.private]),
+        "clipping_norm": np.array(floor.plans[0].step.clipping_norm or 0.0),
     }
     initial = parameter_arrays(study_model(floor.study, floor.seed))
     arrays |= {f"parameter:{name}": value for name, value in initial.items()}

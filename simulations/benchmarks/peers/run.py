@@ -1,12 +1,13 @@
 """Rounds of another framework, run by the interpreter that has it: `python -I run.py NAME WORK FOLDER`.
 
 It imports nothing of fedward. One line of JSON tells of the run as `simulations.benchmarks.rounds` does, and
-FOLDER/weights.npz holds what it ended with.
+FOLDER/weights.npz holds what it ended with. Processor time and memory are those of the first process alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import types
@@ -26,6 +27,7 @@ class Work:
     """Attributes:
     sites: features float32 [patients, inputs] and labels [patients] of each.
     orders: [round][site], who comes in which batch.
+    noise: each site's noise multiplier; empty without privacy.
     parameters: of linear layers with a ReLU between them: weight and bias in turn.
     """
 
@@ -34,6 +36,8 @@ class Work:
     test: tuple[np.ndarray, np.ndarray]
     batch: int
     rate: float
+    noise: tuple[float, ...]
+    clipping_norm: float
     parameters: Arrays
 
     @classmethod
@@ -47,6 +51,8 @@ class Work:
                 test=(found["test_features"], found["test_labels"]),
                 batch=int(found["batch"]),
                 rate=float(found["rate"]),
+                noise=tuple(found["noise"].tolist()),
+                clipping_norm=float(found["clipping_norm"]),
                 parameters={
                     name.removeprefix("parameter:"): found[name]
                     for name in found.files
@@ -104,6 +110,20 @@ def fedjax(work: Work, told: Told) -> Arrays:
     return dict(zip(work.parameters, map(np.asarray, state.params), strict=True))
 
 
+def network_of(parameters: Arrays) -> Any:
+    """torch's, with these parameters."""
+    import torch
+    from torch import nn
+
+    values = [torch.from_numpy(value.copy()) for value in parameters.values()]
+    layers: list[nn.Module] = []
+    for weight, bias in zip(values[::2], values[1::2], strict=True):
+        layers += [nn.ReLU()] if layers else []
+        layers.append(nn.Linear(weight.shape[1], weight.shape[0]))
+        layers[-1].load_state_dict({"weight": weight, "bias": bias})
+    return nn.Sequential(*layers)
+
+
 def pfl(work: Work, told: Told) -> Arrays:
     """Apple's pfl-research (0.6): its simulated backend in one process, on torch."""
     import torch
@@ -124,13 +144,7 @@ def pfl(work: Work, told: Told) -> Arrays:
     from torch.nn import functional
 
     torch.set_num_threads(1)
-    values = [torch.from_numpy(value.copy()) for value in work.parameters.values()]
-    layers: list[nn.Module] = []
-    for weight, bias in zip(values[::2], values[1::2], strict=True):
-        layers += [nn.ReLU()] if layers else []
-        layers.append(nn.Linear(weight.shape[1], weight.shape[0]))
-        layers[-1].load_state_dict({"weight": weight, "bias": bias})
-    network: Any = nn.Sequential(*layers)
+    network = network_of(work.parameters)
 
     def loss(self: nn.Module, x: torch.Tensor, y: torch.Tensor, eval: bool = False) -> torch.Tensor:
         self.eval() if eval else self.train()
@@ -183,7 +197,94 @@ def pfl(work: Work, told: Told) -> Arrays:
     return dict(zip(work.parameters, ended, strict=True))
 
 
-PEERS: dict[str, Callable[[Work, Told], Arrays]] = {"fedjax": fedjax, "pfl": pfl}
+def flower(work: Work, told: Told) -> Arrays:
+    """Flower's own simulation on Ray, an app as its examples have it; with privacy, its example of Opacus.
+
+    Ray listens on all interfaces meanwhile.
+    """
+    import torch
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0"}
+    shared = Path(sys.argv[2])
+    client_app, server_app, ended = ClientApp(), ServerApp(), list[Any]()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        # This function comes to Ray's processes by value, and would read the file again for each message
+        held = vars(sys).setdefault("work", {})
+        ours = held.get("work") or held.setdefault("work", Work.read(shared))
+        site = int(context.node_config["partition-id"])
+        model = network_of(ours.parameters)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        _epoch(model, ours, site, int(message.content["config"]["server-round"]))
+        count = MetricRecord({"num-examples": len(ours.sites[site][1])})
+        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": count})
+        return Message(content, reply_to=message)
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        def evaluated(number: int, arrays: ArrayRecord) -> MetricRecord:
+            model = network_of(work.parameters)
+            model.load_state_dict(arrays.to_torch_state_dict())
+            x, y = map(torch.from_numpy, work.test)
+            with torch.no_grad():
+                outputs = model(x)
+            loss = torch.nn.functional.cross_entropy(outputs, y).item()
+            right = (outputs.argmax(1) == y).float().mean().item()
+            if number:
+                told()
+            return MetricRecord({"loss": loss, "accuracy": right})
+
+        count = len(work.sites)
+        result = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count).start(
+            grid=grid,
+            initial_arrays=ArrayRecord(network_of(work.parameters).state_dict()),
+            num_rounds=len(work.orders),
+            evaluate_fn=evaluated,
+        )
+        ended.append(result.arrays.to_torch_state_dict())
+
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server_app, client_app, num_supernodes=len(work.sites), backend_config=resources)
+    return dict(zip(work.parameters, (value.numpy() for value in ended[0].values()), strict=True))
+
+
+def _epoch(model: Any, work: Work, site: int, number: int) -> None:
+    """As everybody writes it."""
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    torch.set_num_threads(1)
+    data = TensorDataset(*map(torch.from_numpy, work.sites[site]))
+    optimizer, wrapped = torch.optim.SGD(model.parameters(), lr=work.rate), model
+    loader: Any = DataLoader(data, batch_size=work.batch, sampler=work.orders[number - 1][site].tolist())
+    if work.noise:
+        import warnings
+
+        from opacus import PrivacyEngine
+
+        warnings.simplefilter("ignore")
+        wrapped, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+            module=model.train(),
+            optimizer=optimizer,
+            data_loader=DataLoader(data, batch_size=work.batch),
+            noise_multiplier=work.noise[site],
+            max_grad_norm=work.clipping_norm,
+        )
+    wrapped.train()
+    for x, y in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+
+
+PEERS: dict[str, Callable[[Work, Told], Arrays]] = {"fedjax": fedjax, "pfl": pfl, "flower": flower}
+PRIVATE = ("flower",)  # of them
 
 
 def main(name: str, work_file: str, folder: str) -> None:
