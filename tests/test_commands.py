@@ -103,6 +103,8 @@ def test_every_command_has_help_and_json(name: str) -> None:
         assert at.help, path
         if not getattr(at, "commands", None):
             assert any("--json" in p.opts for p in at.params), path
+        helpless = [p.name for p in at.params if not getattr(p, "help", None)]
+        assert not helpless, path
 
 
 @pytest.mark.parametrize("name", COMMANDS)

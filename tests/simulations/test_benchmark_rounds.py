@@ -112,7 +112,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("fedjax", "fedjax=/nowhere/python", f"ours={sys.executable}"):
         refused = CliRunner().invoke(app, ["benchmark", "rounds", "--peer", wrong])
         assert refused.exit_code == 2
-        assert "fedjax, pfl, flower" in refused.output
+        assert f"--peer {wrong}" in refused.output
     asked.clear()
     peer = ["--peer", f"pfl={sys.executable}"]
     assert CliRunner().invoke(app, ["benchmark", "rounds", *peer]).exit_code == 0
