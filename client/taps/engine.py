@@ -27,6 +27,7 @@ from common.study import Objective
 
 MAX_RECORDS = 4096  # in one pass through the network
 CANCELLING = 2.0**7  # so many times as long as what they sum up to may a patient's rows be
+LARGEST = 2.0**60  # a patient's rows together; from half of it on it counts for less, from here on for zero
 
 
 class TappedGradients:
@@ -87,11 +88,14 @@ class TappedGradients:
 
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of f g, float64 [parameters], with |g| over all of them, C' = C (1 - 2^-8), and
-        f = min(1, C' / |g|, 2^7 C' / D), where D² = Σ over layers of (Σ over the patient's rows of
+        f = min(1, C' / |g|, 2^7 C' / D) h, where D² = Σ over layers of (Σ over the patient's rows of
         |input| |output gradient|)².
 
-        A patient whose g, |g| or D overflows counts as zero: NaN would drown the noise and tell everyone
-        that such a patient is here.
+        A patient whose D overflows, or is 2^60 or more, counts as zero: NaN would drown the noise and tell
+        everyone that such a patient is here. Below, nothing overflows however it is computed: of several
+        ways to |g| the number of patients decides which is taken, and where one of them overflowed and
+        another did not, one patient more would silence all others, or give them back. From 2^59 on h falls
+        from 1 to 0 evenly, so that rounding of D moves nobody by much.
 
         What the network computes for a record is the same bit for bit whoever else takes part (`company`);
         later steps round, and how may depend on others. A product over n rows is off by at most
@@ -225,14 +229,13 @@ class TappedGradients:
             known, bound = norms.squares, clipping_norm * (1.0 - CLIPPING_MARGIN)
             scale = (bound * known.rsqrt()).clamp_(max=1.0)  # 1 / 0 is infinite
             if lengths is not None:
-                known = known + lengths
                 scale = torch.minimum(scale, CANCELLING * bound * lengths.rsqrt())
-            # A sum of numbers none of which is near the largest of float64 is finite if they are
-            if not math.isfinite(known.sum().item()):
-                sound = known.isfinite()
-                scale = torch.where(sound, scale, 0.0)
-                for part in parts:
-                    part.silence(~sound, groups)
+                if not lengths.max().item() < (LARGEST / 2) ** 2:  # NaN isn't
+                    scale *= (2.0 - lengths.sqrt() * (2.0 / LARGEST)).clamp_(0.0, 1.0)
+                    sound = scale > 0.0
+                    scale = torch.where(sound, scale, 0.0)
+                    for part in parts:
+                        part.silence(~sound, groups)
             scale = scale.to(self.parameters[0].dtype)
             for part in parts:
                 part.write(Factors(scale, groups.spread(scale)), total)
@@ -242,7 +245,7 @@ class TappedGradients:
     ) -> torch.Tensor:
         """One patient with more records than fit: the gradient of some after the other, then the norm."""
         total = self.parameters[0].new_zeros(self.size, dtype=torch.float64, requires_grad=False)
-        lengths = total.new_zeros(())
+        lengths = dict[int, torch.Tensor]()
         start = block.records.start
         for some in chunks(block.groups.records, seats.most):
             count = some.stop - some.start
@@ -250,15 +253,15 @@ class TappedGradients:
             with torch.no_grad():
                 one = self.parameters[0].new_ones(count, requires_grad=False)
                 groups = Groups(torch.zeros(count, dtype=torch.int64, device=one.device), 1)
-                found = squared_lengths(parts, groups)
-                lengths += 0.0 if found is None else found[0].sqrt()
+                add_lengths(parts, groups, lengths)
                 for together in merged(parts, groups):
                     together.write(Factors(one[:1], one), total)
-        norm, length = float(torch.linalg.vector_norm(total)), float(lengths)
-        if not norm + length < math.inf:
+        length = math.sqrt(sum(float(each) ** 2 for each in lengths.values()))
+        if not length < LARGEST:
             return torch.zeros_like(total)
-        bound = clipping_norm * (1.0 - CLIPPING_MARGIN)
-        return total * min(1.0, bound / max(norm, 1e-30), CANCELLING * bound / max(length, 1e-30))
+        norm, bound = float(torch.linalg.vector_norm(total)), clipping_norm * (1.0 - CLIPPING_MARGIN)
+        factor = min(1.0, bound / max(norm, 1e-30), CANCELLING * bound / max(length, 1e-30))
+        return total * (factor * min(1.0, 2.0 - length * (2.0 / LARGEST)))
 
     def _limit(self, features: torch.Tensor) -> int:
         """Records of a pass: as many as the memory allows, of which gradients may hold a quarter."""
@@ -292,11 +295,16 @@ def _size(part: Part) -> int:
 def squared_lengths(parts: list[Part], groups: Groups) -> torch.Tensor | None:
     """Σ over slots of (Σ over their uses of `Part.lengths`)², float64 [patients]; None: no sum cancels."""
     found = dict[int, torch.Tensor]()
+    add_lengths(parts, groups, found)
+    return torch.stack(list(found.values())).square_().sum(dim=0) if found else None
+
+
+def add_lengths(parts: list[Part], groups: Groups, found: dict[int, torch.Tensor]) -> None:
+    """Add each part's `Part.lengths`, float64 [patients], to what is found for its slot so far."""
     for part in parts:
         place = part.slots[0].offset
         lengths = part.lengths(groups).double()
         found[place] = found[place] + lengths if place in found else lengths
-    return torch.stack(list(found.values())).square_().sum(dim=0) if found else None
 
 
 def merged(parts: list[Part], groups: Groups) -> list[Part]:

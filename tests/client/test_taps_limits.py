@@ -243,6 +243,41 @@ def test_no_parameters_make_a_patient_stick_out(name: str, weight: float) -> Non
         assert float((whole - engine.sum(cohort, less(batch, index), 1.0).double()).norm()) <= 1
 
 
+class Steps(nn.Module):
+    """A layer of each step, whose outputs add up, times a weight."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(37, 192), nn.Linear(192, OUTPUTS)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(OUTPUTS, 192).sign() * weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.layer(x).sum(dim=1))
+        return outputs
+
+
+@pytest.mark.parametrize("weight", [1e10, 1e14, 3e14, 1e16, 1e17, 1e18, 3e18, 1e19])
+def test_one_more_silences_nobody_else(weight: float) -> None:
+    """From 591 patients on norms come from Gram matrices, in which less overflows."""
+    torch.manual_seed(0)
+    cohort = cohort_of([1] * 591, (16, 37))
+    engine, batch = TappedGradients(Steps(weight), OBJECTIVE), everybody(cohort)
+    whole, rest = engine.sum(cohort, batch, 1.0), engine.sum(cohort, less(batch, 590), 1.0)
+    assert float((whole - rest).norm()) <= 1
+
+
+@pytest.mark.parametrize("weight", [1e10, 1e15, 7e15, 1e16, 1e17, 1e19])
+def test_a_patient_counts_alike_in_pieces(weight: float) -> None:
+    torch.manual_seed(0)
+    cohort, network = cohort_of([7], (2, 37)), Steps(weight)
+    found = [
+        TappedGradients(network, OBJECTIVE, memory=memory).sum(cohort, everybody(cohort), 1.0)
+        for memory in (1 << 28, 1)
+    ]
+    assert float((found[0] - found[1]).norm()) <= 1e-5
+
+
 # --- what isn't covered
 
 
