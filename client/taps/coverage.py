@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from client.taps import layers
 from client.taps.attention import attention
 from client.taps.layers import Maker
+from client.taps.pooling import max_pooling
 from client.taps.recurrent import recurrent
 
 # Not tapped, but computed in any company alike
@@ -18,6 +19,7 @@ ACTIVATIONS = (
 # type must be the very one.
 HANDLED: dict[type[nn.Module], tuple[Maker, str]] = {
     **dict.fromkeys(ACTIVATIONS, (layers.elementwise, "")),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), (max_pooling, "")),
     nn.Linear: (layers.linear, "weight bias"),
     nn.Conv1d: (layers.convolution, "weight bias"),
     nn.Conv2d: (layers.convolution, "weight bias"),
