@@ -22,7 +22,7 @@ class DirectGrid(InProcessGrid):
 
     Args:
         answers: site → request becomes site → answer, side by side.
-        together: sites of a thread that are asked at a time.
+        together: sites that are asked at a time, by all threads.
     """
 
     def __init__(
@@ -45,11 +45,10 @@ class DirectGrid(InProcessGrid):
         nodes = list(requests)
         threads = max(1, min(self._threads(), len(nodes)))
         if threads == 1:
-            for group in self._groups(nodes):
-                yield from self._asked(group, requests)
+            yield from self._share(nodes, requests, threads)
             return
         shares = [nodes[first::threads] for first in range(threads)]
-        waiting = {self._pool.submit(self._share, share, requests): share for share in shares}
+        waiting = {self._pool.submit(self._listed, share, requests, threads): share for share in shares}
         end = monotonic() + deadline
         while waiting and (left := end - monotonic()) > 0:
             done: set[Future[list[Delivery]]]
@@ -61,11 +60,13 @@ class DirectGrid(InProcessGrid):
             for node in share:
                 yield Delivery(node, None, f"no answer within {deadline:.0f} s")
 
-    def _groups(self, nodes: Sequence[int]) -> Iterator[Sequence[int]]:
-        return (nodes[first : first + self._together] for first in range(0, len(nodes), self._together))
+    def _listed(self, nodes: Sequence[int], requests: Mapping[int, bytes], threads: int) -> list[Delivery]:
+        return list(self._share(nodes, requests, threads))
 
-    def _share(self, nodes: Sequence[int], requests: Mapping[int, bytes]) -> list[Delivery]:
-        return [told for group in self._groups(nodes) for told in self._asked(group, requests)]
+    def _share(self, nodes: Sequence[int], requests: Mapping[int, bytes], threads: int) -> Iterator[Delivery]:
+        size = max(1, self._together // threads)
+        for first in range(0, len(nodes), size):
+            yield from self._asked(nodes[first : first + size], requests)
 
     def _asked(self, nodes: Sequence[int], requests: Mapping[int, bytes]) -> list[Delivery]:
         sites = {node: site_index(self._contexts[node].node_config) for node in nodes}

@@ -24,6 +24,7 @@ from simulations.engine.sites import SitePlace, VaultPool, admit, find_sites, wa
 from simulations.engine.together import Pace
 
 PROGRESS_PAUSE = 0.2  # seconds between looks at the store
+SELDOM = 10  # times as rarely as Python's own choice
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def simulate(
         len(places),
         workers,
         pool.outcomes,
-        together=capacity // workers,
+        together=capacity,
         threads=pace.threads,
         pulse=_told_now_and_then(simulation, watch),
     )
@@ -130,9 +131,12 @@ def simulate(
     context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     door.install(pool.resolve)
     gc.freeze()  # all that was imported: to look through it for garbage takes longer than many rounds
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, SELDOM * old)  # nor often through all that many sites keep
     try:
         server_app(grid, context)
     finally:
+        gc.set_threshold(young, middle, old)
         gc.unfreeze()
         grid.close()
         door.install(None)

@@ -59,7 +59,7 @@ def test_each_node_gets_its_own_answer(threads: int, together: int) -> None:
         told = {d.node: d.content for d in port.exchange(requests, 60.0)}
     assert told == {1000 + i: b"%d answers %d" % (i, 1000 + i) for i in range(SITES)}
     assert sum(groups) == SITES
-    assert max(groups) <= max(1, together)
+    assert max(groups) <= max(1, together // min(threads, SITES))
 
 
 def test_a_request_is_handed_over_as_it_is() -> None:
