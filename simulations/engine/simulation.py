@@ -132,7 +132,7 @@ def simulate(
     door.install(pool.resolve)
     gc.freeze()  # all that was imported: to look through it for garbage takes longer than many rounds
     young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, SELDOM * old)  # nor often through all that many sites keep
+    gc.set_threshold(SELDOM * young, middle, old)  # nor often through all that many sites keep
     try:
         server_app(grid, context)
     finally:
