@@ -150,6 +150,10 @@ class Account:
 
     def spending(self, study: str) -> Spending:
         """What a study (by digest) has spent."""
+        return replace(self.charges(study), rounds=self._rounds[study])
+
+    def charges(self, study: str) -> Spending:
+        """What a study (by digest) has spent; its rounds are not counted."""
         if study not in self._charges:
             charges = [r for r in self._charged.values() if r.study == study]
             self._charges[study] = Spending(
@@ -158,7 +162,7 @@ class Account:
                 delta=math.fsum(r.delta or 0.0 for r in charges),
                 rounds=0,
             )
-        return replace(self._charges[study], rounds=self._rounds[study])
+        return self._charges[study]
 
     def studies(self) -> Mapping[str, Spending]:
         """What every study has spent."""

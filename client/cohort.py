@@ -65,7 +65,7 @@ class Patients:
     def __len__(self) -> int:
         return self.offsets.shape[0] - 1
 
-    @property
+    @cached_property
     def one_record_each(self) -> bool:
         return self.labels.shape[0] == len(self)
 

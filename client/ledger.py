@@ -176,7 +176,7 @@ class Ledger:
         return self.account.head_of(wanted.key)
 
     def _admit(self, wanted: Reservation, approval: Approval, policy: Policy, *, new: bool) -> None:
-        before = self.account.spending(wanted.study)
+        before = self.account.charges(wanted.study)
         eps = before.epsilon + (wanted.epsilon or 0.0) * new
         delta = before.delta + (wanted.delta or 0.0) * new
         if eps > (approval.epsilon or 0.0) * ROUNDING or delta > (approval.delta or 0.0) * ROUNDING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,10 +135,9 @@ class VaultPool:
         """
         failed: dict[int, Outcome] = {}
         working: dict[int, Working] = {}
-        taken: dict[int, Vault | None] = {}
+        taken = self._take(sorted(requests))
         try:
-            for index in sorted(requests):  # in one order, so that two threads never wait for each other
-                vault = taken[index] = self._take(index)
+            for index, vault in taken.items():
                 try:
                     vault = taken[index] = vault or open_simulated(self._places[index], self._seed)
                     working[index] = vault.working(requests[index])
@@ -146,8 +145,7 @@ class VaultPool:
                     failed[index] = error
             answers = answered(working, self._do)
         finally:
-            for index, vault in taken.items():
-                self._give_back(index, vault)
+            self._give_back(taken)
         return failed | answers
 
     def _answer(self, index: int, request: bytes) -> bytes:
@@ -156,21 +154,25 @@ class VaultPool:
             raise outcome
         return outcome
 
-    def _take(self, index: int) -> Vault | None:
+    def _take(self, wanted: Sequence[int]) -> dict[int, Vault | None]:
+        """All at once, so that two threads never wait for each other."""
         with self._changed:
-            self._changed.wait_for(lambda: index not in self._busy)
-            self._busy.add(index)
-            vault = self._open.pop(index, None)
-            while self._open and len(self._open) + len(self._busy) > self._capacity:
-                _, oldest = self._open.popitem(last=False)
-                oldest.close()
-        return vault
+            self._changed.wait_for(lambda: self._busy.isdisjoint(wanted))
+            self._busy.update(wanted)
+            taken = {index: self._open.pop(index, None) for index in wanted}
+            try:
+                while self._open and len(self._open) + len(self._busy) > self._capacity:
+                    _, oldest = self._open.popitem(last=False)
+                    oldest.close()
+            except BaseException:
+                self._give_back(taken)
+                raise
+        return taken
 
-    def _give_back(self, index: int, vault: Vault | None) -> None:
+    def _give_back(self, taken: Mapping[int, Vault | None]) -> None:
         with self._changed:
-            self._busy.discard(index)
-            if vault is not None:
-                self._open[index] = vault
+            self._busy.difference_update(taken)
+            self._open.update((index, vault) for index, vault in taken.items() if vault is not None)
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def _in_one_pass(tasks: Sequence[Evaluation]) -> list[Arrays]:
     first.network.eval()
     outputs = first.engine.outputs(torch.cat([each.features for each in patients]))
     found = scores(first.study.objective, outputs).cpu()
-    counts = [len(each.labels) for each in patients]
+    counts = [each.labels.shape[0] for each in patients]  # a tensor's len() takes longer
     study, bins = first.study, tasks[0].bins
     if not study.subgroup_columns:
         labels = torch.cat([each.labels for each in patients]).cpu().numpy()
@@ -74,7 +74,7 @@ def _in_one_pass(tasks: Sequence[Evaluation]) -> list[Arrays]:
 def _shares(patients: Sequence[Patients]) -> Array:
     """`client.training.shares` of one site after the other, in one go."""
     if all(each.one_record_each for each in patients):
-        return np.ones(sum(len(each) for each in patients))
+        return np.ones(sum(each.labels.shape[0] for each in patients))
     counts = np.diff(np.concatenate([each.offsets.numpy() for each in patients]))
     between = np.cumsum([len(each.offsets) for each in patients])[:-1] - 1  # one site's end, the next one's 0
     counts = np.delete(counts, between)
