@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.batches import batch_of
 from client.cohort import Patients
-from client.dpsgd import batch_of
 from client.stacking import _Batches, _Round
 from common.privacy.noise import Seeded, Stream
 from common.privacy.plan import StepPlan
