@@ -12,6 +12,7 @@ says in its `sum` how it keeps rounding within the bound.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Protocol
@@ -40,6 +41,7 @@ warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 MAX_RECORDS = 4096  # in one pass through the network
 EVALUATION_RECORDS = 256  # in one pass without gradients
+HUGE = 2.0**100  # numbers of a record's gradient from here on count as an overflow
 _ROWS, _ELEMENTS = 16, 1 << 16  # of gradients that are float64 at a time: 512 KiB stay in a core's cache
 
 
@@ -132,8 +134,9 @@ class ClippedGradients:
     def sum(self, patients: Patients, batch: Batch, clipping_norm: float) -> torch.Tensor:
         """Σ over patients of min(1, C / ‖g‖) g, float64 [parameters], with ‖g‖ over all of them.
 
-        A patient with a g that overflows counts as zero: NaN would drown the noise and tell everyone that
-        such a patient is here.
+        A patient with a record whose gradient overflows (2^100 is taken for that) counts as zero: NaN would
+        drown the noise and tell everyone that such a patient is here. Below, no sum of records overflows in
+        whatever order it is taken, which may depend on others.
 
         From g on, all is float64, and what is clipped to is C (1 - 2^-8). So one patient more or less
         changes the result by at most C in L2 norm, rounding included: that of a norm is below 2^-40 of
@@ -186,6 +189,9 @@ class ClippedGradients:
         per_record: torch.Tensor = parameter.grad_sample.flatten(start_dim=1)  # type: ignore[attr-defined]
         parameter.grad_sample = None  # type: ignore[attr-defined]
         parameter.grad = None
+        low, high = per_record.aminmax()
+        if not (low > -HUGE and high < HUGE):  # NaN isn't
+            per_record = torch.where(per_record.abs() < HUGE, per_record, math.inf)
         return per_record
 
 

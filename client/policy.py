@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, Field
 
 from common.errors import NotApproved, PolicyForbids, Refused, SiteError
-from common.fields import Digest, Positive
+from common.fields import ClippingNorm, Digest
 from common.files import Strict, canonical_json, validated
 from common.privacy.filter import PrivacyFilter, privacy_filter
 from common.privacy.plan import Limits, StudyPlan
@@ -43,7 +43,7 @@ class Floors(Strict):
     """
 
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    clipping_norm: Positive | None = None
+    clipping_norm: ClippingNorm | None = None
     public_size: Annotated[int, Field(ge=1)] = 1
     patients_per_step: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     unit: Literal["patient"] = "patient"

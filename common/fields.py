@@ -12,6 +12,8 @@ Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ClippingNorm = Annotated[float, Field(ge=1e-9, allow_inf_nan=False)]
+"""Below, what a long gradient is multiplied by leaves the range in which float32 is exact."""
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 MissingRule = Literal["refuse", "indicator", "default", "exclude"]
 Interval = tuple[Finite, Finite]

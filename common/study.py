@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from common.columns import CategoricalColumn, NumericColumn
 from common.dictionary import Data
 from common.errors import StudyError
-from common.fields import Digest, Finite, Fraction, Name, Positive, Slug
+from common.fields import ClippingNorm, Digest, Finite, Fraction, Name, Positive, Slug
 from common.files import Strict, canonical_json, parse_config, read_bounded, validated
 
 MOST_GROUPS = 32
@@ -150,7 +150,7 @@ class Privacy(Strict):
     mode: Literal["patient-dp", "none"]
     epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
     delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
-    clipping_norm: Positive | None = None
+    clipping_norm: ClippingNorm | None = None
     reply_seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
 
     @model_validator(mode="after")

@@ -17,13 +17,16 @@ from torch.nn import functional
 from client import dpsgd
 from client.batches import batch_of
 from client.blocks import LANES, filled, layout
-from client.cohort import Cohort, Patients
+from client.cohort import Cohort, Patients, lanes_of
+from client.dense import DenseGradients
 from client.dpsgd import ClippedGradients
 from client.taps import TappedGradients, products
 from client.taps.company import Seats
 from client.training import Trainer
+from common.errors import StudyError
 from common.models import parameter_arrays
 from common.privacy.plan import plan_study
+from common.study import Objective
 
 __all__ = ["one_thread"]  # a fixture that pytest finds here
 CODES = 5  # of each category, one-hot encoded
@@ -110,6 +113,56 @@ def test_without_blocks_these_tests_would_fail(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dpsgd, "layout", as_they_come)
     monkeypatch.setattr(dpsgd, "filled", lambda values, rows, size: values)
     assert max(changes_of_sums()) > 1.01
+
+
+class Unlike(nn.Module):
+    """Of a type that Opacus takes, and the taps don't know: x · 2e38, which reaches the layer above."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2e38
+
+
+def test_an_overflow_doesnt_depend_on_the_order_of_records() -> None:
+    """v, v and -v overflow in one order and not in another; lanes decide which, and others are in them."""
+    objective = Objective(task="binary", loss="hinge")
+    drawn = torch.cat([torch.ones(500, 1), torch.rand(500, 1, generator=torch.Generator().manual_seed(0))], 1)
+    lanes = lanes_of(drawn) % LANES
+    own = torch.stack([drawn[lanes == lane][0] for lane in (0, 1, 2)])
+    signs = torch.tensor([0, 0, 1])
+
+    def summed(others: int) -> torch.Tensor:
+        features = torch.cat([own[:1].repeat(others, 1), own.repeat(32, 1)])
+        labels = torch.cat([signs[:1].repeat(others), signs.repeat(32)])
+        offsets = torch.cat([torch.arange(others), others + 3 * torch.arange(33)])
+        cohort = Patients(features, labels, offsets)
+        network = nn.Sequential(Unlike(), nn.Linear(2, 1, bias=False))
+        nn.init.zeros_(network[1].weight)  # type: ignore[arg-type]
+        plan = small.step_plan(max_records=3, average_records=False)
+        batch = batch_of(cohort, np.arange(len(cohort)), plan, None)  # type: ignore[arg-type]
+        return ClippedGradients(network, objective).sum(cohort, batch, 1.0)
+
+    assert float((summed(1) - summed(0)).norm()) <= 1.0
+
+
+@pytest.mark.parametrize("clipping_norm", [1e-9, 1e-12, 1e-20])
+def test_no_clipping_norm_is_too_small_for_float32(clipping_norm: float) -> None:
+    """A gradient of 2^90 and more times C / 2^90; what wouldn't be exact is refused."""
+    privacy = {"mode": "patient-dp", "epsilon": 2.0, "delta": 1e-3, "clipping_norm": clipping_norm}
+    if clipping_norm < 1e-9:
+        with pytest.raises(StudyError, match="clipping_norm"):
+            small.study(privacy=privacy)
+        return
+    assert small.study(privacy=privacy).privacy.clipping_norm == clipping_norm
+    layers = [nn.Linear(1, 1, bias=False) for _ in range(3)]
+    network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    cohort = single(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+    batch = batch_of(cohort, np.arange(1), small.step_plan(), None)  # type: ignore[arg-type]
+    for power in np.linspace(40, 49.9, 40):
+        for layer, value in zip(layers, (2.0**power, 2.0**-power, 2.0**power), strict=True):
+            nn.init.constant_(layer.weight, value)
+        for engine in (DenseGradients, TappedGradients):
+            found = engine(network, Objective(task="binary", loss="hinge")).sum(cohort, batch, clipping_norm)
+            assert float(found.norm()) <= clipping_norm
 
 
 # --- through the taps

@@ -108,6 +108,7 @@ def test_an_approval_without_a_lifetime_budget_is_none(folder: SiteFolder, vault
         "[floors]\nnoise_multiplier = -1\n",
         "[floors]\nnoise_multiplier = inf\n",
         "[floors]\nclipping_norm = 0\n",
+        "[floors]\nclipping_norm = 1e-12\n",
         "[floors]\npublic_size = 0\n",
         "[floors]\nminimum_patients = 0\n",
         'releases = ["training", "rows"]\n',
