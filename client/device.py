@@ -30,7 +30,9 @@ DEFAULT = Computing()
 
 
 def resolve(wanted: Device) -> torch.device:
-    """The device: `auto` is CUDA where there is one.
+    """The device: `auto` is CUDA where there is one. On CUDA, from here on, this process multiplies whole
+    float32 numbers: cuDNN's convolutions else round them to 11 bits (TF32), and where a patient's products
+    cancel, its clipped gradient could come out 6 % too long.
 
     Raises:
         SiteError: if CUDA is asked for, and there is none.
@@ -41,4 +43,7 @@ def resolve(wanted: Device) -> torch.device:
             'device = "cuda": this machine has no CUDA device that torch can use',
             remedy='install a build of torch with CUDA and its driver, or say device = "cpu"',
         )
+    if present:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if present else "cpu")

@@ -278,6 +278,14 @@ def test_a_patient_counts_alike_in_pieces(weight: float) -> None:
     assert float((found[0] - found[1]).norm()) <= 1e-5
 
 
+@pytest.mark.parametrize("engine", [TappedGradients, ClippedGradients])
+def test_nobody_has_outputs(engine: Any) -> None:
+    """InstanceNorm refuses an empty batch."""
+    layers = nn.Conv1d(2, 5, 3), nn.InstanceNorm1d(5), nn.Flatten(), nn.Linear(30, OUTPUTS)
+    found = engine(nn.Sequential(*layers), OBJECTIVE).outputs(torch.empty(0, 2, 8))
+    assert found.shape == (0, OUTPUTS)
+
+
 # --- what isn't covered
 
 

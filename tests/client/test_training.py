@@ -200,6 +200,21 @@ def test_devices() -> None:
     assert resolve("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_cuda_multiplies_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven bits, as convolutions have by default there, are too few for the clipping margin."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    places: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        assert resolve("auto").type == "cuda"
+        assert not any(place.allow_tf32 for place in places)
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.allow_tf32 = was
+
+
 def test_an_absent_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve("auto").type == "cpu"
