@@ -6,6 +6,7 @@ each takes fedward's own batches (drawn beforehand), so that all must end with t
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -114,8 +115,11 @@ def run_floor(way: str, floor: Floor) -> Ended:
         for number in range(floor.study.algorithm.rounds):
             one_round(number)
             evaluate(network, floor.test)
+            if not number:  # as fedward does: to look through all that was imported would be most of a round
+                gc.freeze()
             ends.append(time.perf_counter() - began)
             processor.append(time.process_time())
+    gc.unfreeze()
     return Ended(tuple(ends), tuple(processor), parameter_arrays(network))
 
 
