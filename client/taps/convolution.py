@@ -24,7 +24,7 @@ from client.taps.parts import (
 )
 from client.taps.rows import gram_is_cheaper
 
-_BLOCK = 1 << 24  # bytes of per-record gradients at a time: what the allocator keeps
+_BLOCK = 1 << 22  # bytes of per-record gradients at a time: what a cache keeps
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Geometry:
         """[records, numbers of the weight]: one convolution whose groups are the records'."""
         records, channels = x.shape[:2]
         shape = (records * g.shape[1], channels // self.groups, *self.kernel)
-        like = x.new_empty(1).expand(shape)
+        like = x.new_empty(shape)
         found = self.weight_gradient(
             x.reshape(1, -1, *x.shape[2:]), g.reshape(1, -1, *g.shape[2:]), records * self.groups, like
         )
@@ -159,7 +159,7 @@ class Convolution:
     def _block(self, records: slice, groups: Groups) -> torch.Tensor:
         x, g = self.x[records], self.g[records]
         if groups.patients == 1:
-            like = x.new_empty(1).expand(self.weight.shape)
+            like = x.new_empty(self.weight.shape)
             return self._geometry.weight_gradient(x, g, self._geometry.groups, like).view(1, -1)
         return groups.sum(self._geometry.per_record(x, g))
 
@@ -170,7 +170,7 @@ class Convolution:
             return
         g = self.g * factors.records.view(-1, *[1] * (self.g.dim() - 1))
         target = self.weight.of(flat)
-        like = g.new_empty(1).expand(target.shape)
+        like = g.new_empty(target.shape)
         for some in chunks(len(g)):
             target += self._geometry.weight_gradient(self.x[some], g[some], self._geometry.groups, like)
 
