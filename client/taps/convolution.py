@@ -133,21 +133,55 @@ class Convolution:
 
     def _gram_norms(self, groups: Groups, norms: Norms) -> None:
         """Σ over pairs of positions of patches' and output gradients' products, in float64, because they may
-        cancel."""
-        x, g, how = self.x, self.g, self._geometry
+        cancel; of patients with a record each first in float32, where that may do."""
+        if not groups.one_record_each or self.x.dtype != torch.float32:
+            norms.squares += self._grams(self.x, self.g, groups, torch.float64)[0]
+            return
+        # Lengths of 1, more or less, so that no square over- or underflows
+        x, g = record_lengths(self.x), record_lengths(self.g)
+        shape = [-1, *[1] * (self.x.dim() - 1)]
+        found, lengths = self._grams(self.x / x.view(shape), self.g / g.view(shape), groups, torch.float32)
+        # Each of two products of n numbers is off by at most n 2^-24 of their lengths (Higham 2002, section
+        # 3.1), the roundings around them count as six numbers, and what does underflow is below 2^-50
+        places, (outputs, channels) = math.prod(self._geometry.kernel), self.weight.shape[:2]
+        terms = outputs + 6 + (channels + places if self._by_pixels else channels * places)
+        squared = (x.double() * g.double()).square_()
+        error = squared * (terms * 2.0**-24 * lengths.square_() + 2.0**-50)
+
+        def exact(who: torch.Tensor) -> torch.Tensor:
+            alone = Groups(torch.arange(len(who), device=who.device), len(who))
+            return self._grams(self.x[who], self.g[who], alone, torch.float64)[0]
+
+        norms.add_rough(found * squared, error, exact)
+
+    @property
+    def _by_pixels(self) -> bool:
+        """Whether pixels' products are added up to patches', rather than patches multiplied."""
+        how, sides = self._geometry, zip(self.x.shape[2:], self._geometry.padding, strict=True)
+        pixels, positions = math.prod(n + 2 * p for n, p in sides), math.prod(self.g.shape[2:])
+        return pixels**2 < positions**2 * math.prod(how.kernel)
+
+    def _grams(
+        self, x: torch.Tensor, g: torch.Tensor, groups: Groups, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By products in that type the patients' squared norms, and Σ over positions of |patch| |output
+        gradient|; float64 [patients]."""
+        how = self._geometry
+        squares, lengths = g.new_zeros(2, groups.patients, dtype=torch.float64)
         if x.dim() == 3:
             x, g, how = x[:, :, None], g[:, :, None], how.flat()
         x = functional.pad(x, (how.padding[1], how.padding[1], how.padding[0], how.padding[0]))
-        pixels, positions = math.prod(x.shape[2:]), math.prod(g.shape[2:])
-        by_pixels = pixels**2 < positions**2 * math.prod(how.kernel)
-        if not by_pixels:
+        if not self._by_pixels:
             x = functional.unfold(x, how.kernel, how.dilation, 0, how.stride)
         for layout in groups.layouts():
-            inputs = _products(layout.columns(x.flatten(2), padded=False))
-            if by_pixels:
+            inputs = _products(layout.columns(x.flatten(2), padded=False).to(dtype))
+            if self._by_pixels:
                 inputs = how.patches(inputs.unflatten(2, (-1, *x.shape[2:])), g.shape[2:])
-            found = (inputs * _products(layout.columns(g.flatten(2)))).sum(dim=(1, 2)).clamp_(min=0.0)
-            norms.squares[slice(None) if layout.patients is None else layout.patients] += found
+            found = inputs.double().mul_(_products(layout.columns(g.flatten(2)).to(dtype)))
+            who = slice(None) if layout.patients is None else layout.patients
+            squares[who] = found.sum(dim=(1, 2))
+            lengths[who] = found.diagonal(dim1=1, dim2=2).sqrt().sum(dim=1)
+        return squares.clamp_(min=0.0), lengths
 
     def _blocks(self) -> int:
         return max(1, _BLOCK // (self.weight.size * self.x.element_size()))
@@ -184,9 +218,8 @@ class Convolution:
 
 
 def _products(columns: torch.Tensor) -> torch.Tensor:
-    """Of all pairs of columns [n, columns, columns], of [n, width, columns]; float64."""
-    doubled = columns.double()
-    return torch.bmm(doubled.transpose(1, 2), doubled)
+    """Of all pairs of columns [n, columns, columns], of [n, width, columns]."""
+    return torch.bmm(columns.transpose(1, 2), columns)
 
 
 def bias_part(slot: Slot, outputs: torch.Tensor) -> Vectors:

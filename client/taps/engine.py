@@ -113,6 +113,11 @@ class TappedGradients:
         cancelling that f allows, moves what the others add by at most 3e-4 C', a tenth of the margin
         (tests/client/test_taps_limits).
 
+        |g| itself is float64's, of gradients that are held as of Gram matrices, with one exception: a
+        convolution's Gram matrices are in float32 for patients whose |g| that moves by at most 2^-10 |g| in
+        the worst case, and by 1e-7 of it as roundings fall (`Norms.settle`). With those the first bound holds
+        up to b = 192.
+
         Args:
             batch: a patient's records together; each patient has one at least.
             clipping_norm: C.
@@ -228,6 +233,7 @@ class TappedGradients:
             # Small gradients first: holding one saves a product, and most per byte where it is small
             for part in sorted(parts, key=_size):
                 part.norms(groups, norms)
+            norms.settle()
             known, bound = norms.squares, clipping_norm * (1.0 - CLIPPING_MARGIN)
             scale = (bound * known.rsqrt()).clamp_(max=1.0)  # 1 / 0 is infinite
             if lengths is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from client.taps.groups import Groups
 TINY = 1e-32  # squares below are not told from zero in float32; see `Rows`
 _TINY_LENGTH = 1e-16
 _WIDE = 1 << 14
+_ROUGH = 2.0**-9  # of a square
 CHUNK = 128  # records summed in float32 at a time; from there on in float64
 
 
@@ -62,6 +63,28 @@ class Norms:
     def __init__(self, groups: Groups, like: torch.Tensor, held: int) -> None:
         self.squares = like.new_zeros(groups.patients, dtype=torch.float64)
         self.held = held
+        self._rough: list[tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = []
+
+    def add_rough(
+        self, found: torch.Tensor, error: torch.Tensor, exact: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Have `settle` add squares that are off by at most `error`, float64 [patients] each.
+
+        Args:
+            exact: gives those of some patients (int64 positions) exactly.
+        """
+        self._rough.append((found, error, exact))
+
+    def settle(self) -> None:
+        """Once all norms are taken: add the rough squares, and exact ones for patients whose norm may be off
+        by more than 2^-10 of it. A patient's own numbers decide."""
+        if not self._rough:
+            return
+        found, errors = (torch.stack(each).sum(dim=0) for each in list(zip(*self._rough, strict=True))[:2])
+        (doubtful,) = (~(errors <= _ROUGH * (self.squares + found))).nonzero(as_tuple=True)
+        if len(doubtful):
+            found[doubtful] = torch.stack([exact(doubtful) for _, _, exact in self._rough]).sum(dim=0)
+        self.squares += found
 
     def could_hold(self, count: int, itemsize: int) -> bool:
         """Whether so many numbers may be held."""
