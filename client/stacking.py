@@ -31,6 +31,7 @@ from client.training import Trainer, plain_batch, shuffled
 from common.messages import Arrays
 
 MEMORY = 1 << 28  # bytes that one group's batches of a round, parameters and activations may take
+ENOUGH = 1 << 24, 16  # bytes, and sites, from which on more of them at once are no faster
 
 Indices = npt.NDArray[np.int64]
 
@@ -61,22 +62,25 @@ def groups(trainings: Sequence[Training]) -> list[list[int]]:
     `train_together`; with it those that `may_join`, by `train_privately`.
     """
     alike: dict[object, list[int]] = defaultdict(list)
-    room: dict[object, float] = defaultdict(float)
+    filled: dict[object, tuple[int, float]] = {}  # kind → groups before its last one, bytes of that one
     for i, training in enumerate(trainings):
         company = _COMPANY.get(training.trainer)
         if company is None:
             company = _COMPANY[training.trainer] = _company(training.trainer)
         key: object = i
         if company.taken <= MEMORY:
-            room[company.kind] += company.taken
-            key = company.kind, room[company.kind] // MEMORY
+            before, taken = filled.get(company.kind, (0, 0.0))
+            if taken + company.taken > company.room:
+                before, taken = before + 1, 0.0
+            filled[company.kind] = before, taken + company.taken
+            key = company.kind, before
         alike[key].append(i)
     return list(alike.values())
 
 
 @dataclass(frozen=True)
 class _Company:
-    """Whom a trainer may share a group with: those of the same kind, while all fit in `MEMORY`.
+    """Whom a trainer may share a group with: those of the same kind, while all fit in its `room`.
 
     Attributes:
         taken: bytes; infinite for who trains alone.
@@ -84,6 +88,12 @@ class _Company:
 
     kind: tuple[object, ...]
     taken: float
+
+    @property
+    def room(self) -> float:
+        """Bytes."""
+        least, sites = ENOUGH
+        return min(MEMORY, max(least, sites * self.taken))
 
 
 _COMPANY: WeakKeyDictionary[Trainer, _Company] = WeakKeyDictionary()

@@ -215,6 +215,19 @@ def test_a_group_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert groups(trainings) == [[i] for i in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("enough", "expected"), [((1, 2), [[0, 1], [2, 3], [4]]), ((1 << 24, 2), [[0, 1, 2, 3, 4]])]
+)
+def test_a_group_is_no_larger_than_pays(
+    monkeypatch: pytest.MonkeyPatch, enough: tuple[int, int], expected: list[list[int]]
+) -> None:
+    """So many sites or so many bytes, whichever is more."""
+    study = public_study()
+    trainings = [training(study, site, [1] * 10, 12) for site in range(5)]
+    monkeypatch.setattr(stacking, "ENOUGH", enough)
+    assert groups(trainings) == expected
+
+
 def test_the_same_parameters_are_left_as_they_are() -> None:
     study = public_study()
     parameters = parameter_arrays(study_model(study, seed=7))
