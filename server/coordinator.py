@@ -163,7 +163,7 @@ class _Rounds:
         reasons = "; ".join(f"{a.site}: {a.detail}" for a in answers if a.outcome != "reply")
         raise StudyFailed(
             f"round {job.header.round}: fewer than {self._settings.quorum} sites answered ({reasons[:1500]})",
-            remedy=f"mend that, then: fedward-server resume FOLDER {self._session.id}",
+            remedy="mend that, then run the study again, or resume the session where a coordinator keeps it",
         )
 
     def _collect(self, job: Job, content: bytes) -> tuple[list[Reply], list[SiteAnswer]]:
@@ -183,16 +183,16 @@ class _Rounds:
         return list(replies.values()), answers
 
     def _read(self, delivery: Delivery, job: Job) -> tuple[Reply | None, SiteAnswer]:
-        node = f"node {delivery.node}"
+        enrolled = self._settings.nodes.get(str(delivery.node))
+        node = enrolled or f"node {delivery.node}"
         if delivery.content is None:
             return None, SiteAnswer(node, "silence", delivery.reason)
         try:
             message = screened(delivery.content, job, self._study)
         except MessageError as error:
             return None, SiteAnswer(node, "malformed", error.message)
-        enrolled = self._settings.nodes.get(str(delivery.node))
         if self._settings.nodes and message.header.site != enrolled:
-            return None, SiteAnswer(enrolled or node, "malformed", "the node answers for another site")
+            return None, SiteAnswer(node, "malformed", "the node answers for another site")
         if isinstance(message, Refusal):
             header = message.header
             return None, SiteAnswer(header.site, "refusal", _printable(f"{header.code}: {header.message}"))

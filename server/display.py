@@ -24,7 +24,7 @@ def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> No
     """The table of one session, or of several that differ in their seed (mean ± standard deviation).
 
     One session's noised metrics come with the 95 % interval that noise leaves them in. Gaps between
-    subgroups follow, if the study asks for them.
+    subgroups follow, if the study asks for them; and which sites some rounds went without, and why.
     """
     columns = show_columns(study)
     names = [site.site for site in reports[0].sites]
@@ -48,6 +48,11 @@ def show(speaker: Speaker, study: Study, reports: Sequence[SessionReport]) -> No
         rows,
     )
     _show_gaps(speaker, study, reports)
+    for told in reports:
+        for each in told.unanswered:
+            answer = "malformed answer" if each.outcome == "malformed" else each.outcome
+            reason = ": ".join(part for part in (answer, each.detail) if part)
+            speaker.say(f"{each.site} is missing from {each.rounds} rounds, the last time for its {reason}")
 
 
 def show_columns(study: Study) -> dict[str, str]:

@@ -48,8 +48,24 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A site, or a node that has not said which it is, whose answers are missing from rounds that counted.
+
+    Attributes:
+        rounds: how many of them.
+        outcome, detail: of the last one (`SiteAnswer`).
+    """
+
+    site: str
+    rounds: int
+    outcome: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class SessionReport:
     """Attributes:
+    unanswered: who was asked in rounds that counted, and is missing from some of them.
     exact: the metrics carry no noise.
     measured: the final model on all sites' test patients.
     intervals: the error bars of `measured`.
@@ -77,6 +93,7 @@ class SessionReport:
     horizons: tuple[HorizonMetrics, ...] = ()
     subgroups: tuple[Subgroup, ...] = ()
     gaps: tuple[Gap, ...] = ()
+    unanswered: tuple[Unanswered, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +117,7 @@ def report(store: Store, session: Session) -> SessionReport:
         rounds=sum(1 <= r.number <= study.algorithm.rounds for r in rounds),
         delta=_delta(study, rounds),
         exact=bool(evaluated) and any(a.exact for a in evaluated[-1].answers),
+        unanswered=_unanswered(rounds),
         sites=tuple(
             SiteReport(
                 site=name,
@@ -111,6 +129,17 @@ def report(store: Store, session: Session) -> SessionReport:
         ),
         **_metrics(study, together, merged_noise([noise.get(name, 0.0) for name in by_site])),
         **_details(study, together, merged_noise([noise.get(name, 0.0) for name in by_site])),
+    )
+
+
+def _unanswered(rounds: Iterable[Round]) -> tuple[Unanswered, ...]:
+    missing: dict[str, list[SiteAnswer]] = {}
+    for answer in (a for r in sorted(rounds, key=lambda r: r.number) for a in r.answers):
+        if answer.outcome != "reply":
+            missing.setdefault(answer.site, []).append(answer)
+    return tuple(
+        Unanswered(site, len(answers), answers[-1].outcome, answers[-1].detail)
+        for site, answers in sorted(missing.items())
     )
 
 

@@ -286,7 +286,7 @@ def test_below_the_quorum_nothing_counts(tmp_path: Path) -> None:
     with pytest.raises(StudyFailed, match="fewer than 4 sites") as failure:
         run_session(store, "one", port, initial)
     assert "birch: not-approved: no" in failure.value.message
-    assert "resume FOLDER one" in failure.value.remedy
+    assert "resume the session" in failure.value.remedy
     assert store.session("one").status == FAILED
     assert store.rounds_done("one") == 1
     assert port.exchanges == 2  # who refuses, refuses again: not asked a second time
@@ -511,6 +511,13 @@ def test_a_node_cannot_move_another_sites_anchor(tmp_path: Path) -> None:
     run_session(store, "one", FakePort(sites), initial)
     assert outcomes(store, 1) == {"ash": "reply", "birch": "malformed", "cedar": "reply", "dune": "reply"}
     assert sites[0].anchors == [None, *sites[0].heads[1:4]]
+
+
+def test_a_silent_node_is_named_as_it_was_enrolled(tmp_path: Path) -> None:
+    store = begun(tmp_path, nodes={str(i): n for i, n in enumerate(NAMES)})
+    sites = [Site("ash"), Site("birch", {1: silence}), Site("cedar"), Site("dune")]
+    run_session(store, "one", FakePort(sites), initial)
+    assert outcomes(store, 1)["birch"] == "silence"
 
 
 # --- budgets that end, metrics that stay

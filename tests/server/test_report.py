@@ -95,6 +95,20 @@ def test_each_sites_own_noise_makes_its_error_bars(tmp_path: Path, wanted: Study
     assert found.rounds == wanted.algorithm.rounds
 
 
+def test_who_is_missing_is_told_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path, durable=False)
+    store.create("one", BINARY, Settings(sites=2, quorum=1))
+    cost = SubsampledGaussian(noise_multiplier=2.0, sample_rate=0.5, steps=3).model_dump(mode="json")
+    for number, reason in ((1, "not-approved: no approval"), (2, "budget-exhausted: too little is left")):
+        answers = (SiteAnswer("ash", "reply", training=cost), SiteAnswer("birch", "refusal", reason))
+        store.record("one", number, {"parameters/w": np.zeros(1)}, answers)
+    found = report(store, store.session("one"))
+    assert [(u.site, u.rounds, u.outcome) for u in found.unanswered] == [("birch", 2, "refusal")]
+    lines = printed(capsys, BINARY, found)
+    reason = "refusal: budget-exhausted: too little is left"
+    assert any(f"birch is missing from 2 rounds, the last time for its {reason}" in line for line in lines)
+
+
 def test_json_has_everything(tmp_path: Path) -> None:
     found, _ = told(tmp_path, GROUPED, exact=False)
     value = json.loads(json.dumps(found.as_json(), allow_nan=False))
@@ -118,7 +132,7 @@ def test_exact_metrics_are_as_they_were(tmp_path: Path, capsys: pytest.CaptureFi
     assert not found.intervals.noise
     lines = printed(capsys, BINARY, found)
     assert lines[1] == "On test patients; exact metrics, on public data; ε spent per patient at δ = 0.001"
-    m, cells = found.measured, lines[-2].split()
+    m, cells = found.measured, lines[-3].split()
     assert m is not None
     assert cells == [
         "all", "sites", "800", f"{m.auroc:.3f}", f"{m.accuracy:.3f}", f"{m.calibration_error:.3f}", cells[-1],
@@ -134,11 +148,11 @@ def test_noised_metrics_are_shown_with_their_interval(
     assert found.measured is not None
     assert found.intervals is not None
     low, high = found.intervals.noise["auroc"]
-    assert f"{found.measured.auroc:.3f} ({low:.3f}–{high:.3f})" in lines[-2]
+    assert f"{found.measured.auroc:.3f} ({low:.3f}–{high:.3f})" in lines[-3]
     assert not any("Gaps" in line for line in lines)
     several = printed(capsys, BINARY, found, found)
     assert "mean ± sd over 2 seeds" in several[1]
-    assert not any("(" in line for line in several[3:])
+    assert not any("(" in line for line in several[3:-2])  # then who was missing, by run
 
 
 def test_gaps_are_shown_beside_what_chance_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +182,7 @@ def test_regression_is_shown_in_its_unit(tmp_path: Path, capsys: pytest.CaptureF
     lines = printed(capsys, REGRESSION, found)
     assert "in mm[Hg]" in lines[1]
     m = measure(REGRESSION, merged(list(sums.values())))
-    assert lines[-2].split()[:6] == ["all", "sites", "800", f"{m.mae:.3f}", f"{m.rmse:.3f}", f"{m.bias:.3f}"]
+    assert lines[-3].split()[:6] == ["all", "sites", "800", f"{m.mae:.3f}", f"{m.rmse:.3f}", f"{m.bias:.3f}"]
     assert found.calibration_curve == ()
 
 
