@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,16 @@ from common.features import normal_code
 from common.schema import FINITE_NUMBER
 from common.study import Study, parse_study
 
-ABSENT = ("NA", "N/A", "n/a", "na", "NULL", "null", "None", "none", "?", ".", "-")
+ABSENT = ("NA", "N/A", "n/a", "na", "NULL", "null", "None", "none", "?", ".", "-", "k.A.", "k. A.", "n.d.")
 """What files say for a missing value, besides nothing and NaN."""
 
 MOST_CODES, MOST_CLASSES = 20, 10
+_NO = ("0", "no", "nein", "non", "false", "falsch", "faux", "negative", "negativ", "négatif", "n", "f")
+_SPELT = str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss", "œ": "oe", "µ": "u"}
+)
+_MOST_STRANGE = 0.2  # of a column's cells: else its numbers are chance
+_DECIMAL_COMMA = r"[+-]?[0-9]+,[0-9]+"
 FEW_NUMBERS = 5  # whole numbers of which there are no more are taken for codes
 _KEYS = ("patient_id", "patient", "patientid", "subject_id", "subject", "person_id", "pid", "mrn", "id")
 _LABELS = ("label", "outcome", "target", "diagnosis", "class", "y")
@@ -104,7 +111,8 @@ def draft(file: Path, name: str, label: str | None = None, patient: str | None =
     lines += [f"# Left out: {_printable(column)} ({why})" for column, why in left_out.items()]
     text = "\n".join(lines) + "\n"
     study = parse_study(text.encode(), "the draft")
-    renamed = {new: old for new, old in names.items() if new != old}
+    used = {key, target, *(column.name for column in study.data.columns)}
+    renamed = {new: old for new, old in names.items() if new != old and new in used}
     return Draft(text, study, left_out, frame, renamed, delimiter)
 
 
@@ -147,7 +155,7 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
     """The study's name of each column → the file's."""
     found: dict[str, str] = {}
     for column in columns:
-        plain = re.sub(r"[^A-Za-z0-9]+", "_", column).strip("_")[:60]
+        plain = re.sub(r"[^A-Za-z0-9]+", "_", _plain_letters(column)).strip("_")[:60]
         plain = plain if re.match(r"[A-Za-z]", plain) else f"column_{plain}".rstrip("_")
         name, number = plain, 1
         while name in found or (name != column and name in columns):
@@ -155,6 +163,12 @@ def _names(columns: Sequence[str]) -> dict[str, str]:
             name = f"{plain}_{number}"
         found[name if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", column) else column] = column
     return found
+
+
+def _plain_letters(text: str) -> str:
+    """Größe as Groesse, créatinine as creatinine."""
+    spelt = unicodedata.normalize("NFC", text).translate(_SPELT)
+    return "".join(c for c in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(c))
 
 
 def _missing(values: pd.Series) -> pd.Series:
@@ -208,12 +222,23 @@ def _column(name: str, values: pd.Series) -> list[str] | str:
         lines += ['kind = "categorical"', f"name = {_text(name)}", 'description = "TODO"']
         lines += [f"codes = {{ {meanings} }} # TODO: what they mean"]
     else:
-        return f'more than {MOST_CODES} codes: dates, identifiers, or a text, which kind = "text" is for'
+        return _unusable(known)
     if absent.any():
         lines.append('missing = "indicator"')
         said = sorted({*values[absent].unique()} & {*ABSENT})
         lines += [f"missing_codes = {json.dumps(said)}"] if said else []
     return [*lines, ""]
+
+
+def _unusable(known: pd.Series) -> str:
+    """Why a column of neither numbers nor few codes is left out; never what a cell holds."""
+    commas = known.str.fullmatch(_DECIMAL_COMMA)
+    strange = ~known.str.fullmatch(FINITE_NUMBER) & ~commas
+    if strange.mean() <= _MOST_STRANGE and commas.any():
+        return f"decimal commas in {int(commas.sum())} cells: export numbers with a point"
+    if strange.mean() <= _MOST_STRANGE:
+        return f"numbers, but for {int(strange.sum())} cells: empty these in the file, or mend them"
+    return f'more than {MOST_CODES} codes: dates, identifiers, or a text, which kind = "text" is for'
 
 
 def _text(value: str) -> str:
@@ -248,6 +273,8 @@ def _label(name: str, values: pd.Series) -> Iterator[str]:
         raise DataError(
             f"the label has more than {MOST_CLASSES} classes", remedy="name another column: --label COLUMN"
         )
+    if len(codes) == 2 and codes[1].lower() in _NO and codes[0].lower() not in _NO:
+        codes.reverse()  # so that yes is the positive one
     yield "classes = ["
     for code in codes:
         yield f"    {{ name = {_text(code)}, codes = [{_text(code)}] }},"

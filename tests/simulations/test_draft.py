@@ -113,6 +113,22 @@ def test_the_label_decides_the_task(tmp_path: Path, label: list[str], task: str)
     assert ran.exit_code == 0, ran.output
 
 
+def test_an_export_in_german_or_french_says_what_is_wrong_with_its_numbers(tmp_path: Path) -> None:
+    text = "id;Größe;Créatinine µmol/L;Hämoglobin;Rückkehr\n"
+    for i in range(40):
+        haemoglobin = "hämolytisch" if i % 9 == 1 else 10 + i / 7
+        text += f"{i};{150 + i},5;{60 + i}.5;{haemoglobin};{'ja' if i % 2 else 'nein'}\n"
+    file = tmp_path / "export.csv"
+    file.write_text(text, encoding="utf-8-sig")
+    made = draft(file, "export", label="Rückkehr", patient="id")
+    assert made.left_out == {
+        "Größe": "decimal commas in 40 cells: export numbers with a point",
+        "Hämoglobin": "numbers, but for 5 cells: empty these in the file, or mend them",
+    }
+    assert made.names == {"Creatinine_umol_L": "Créatinine µmol/L", "Rueckkehr": "Rückkehr"}
+    assert [c.name for c in made.study.data.label.classes] == ["nein", "ja"]  # the second one is positive
+
+
 def test_another_delimiter_and_records_without_a_label(tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     rows = [f"{i};{i % 7},5;{['ja', 'nein', ''][i % 3]}" for i in range(90)]
@@ -120,7 +136,7 @@ def test_another_delimiter_and_records_without_a_label(tmp_path: Path) -> None:
     one = draft(file, "x")
     assert one.delimiter == ";"
     assert len(one.frame) == 60
-    assert [c.name for c in one.study.data.label.classes] == ["ja", "nein"]
+    assert [c.name for c in one.study.data.label.classes] == ["nein", "ja"]
 
 
 @settings(deadline=None, max_examples=60)
