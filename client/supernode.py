@@ -122,6 +122,10 @@ def check(folder: SiteFolder) -> None:
             f"{folder.node_key_path} is no EC key in OpenSSH format",
             remedy="move it away, make a new one and have its node.pub enrolled",
         )
+    if folder.node_key_path.stat().st_mode & 0o077:
+        raise SiteError(
+            f"{folder.node_key_path}: others may read this secret", remedy=f"chmod 600 {folder.node_key_path}"
+        )
     if _UNQUOTABLE & set(str(folder.socket_path.resolve())):
         raise SiteError(
             f"{folder.socket_path}: quotes and backslashes don't pass Flower's configuration",

@@ -56,6 +56,13 @@ def test_a_missing_key_is_named(site: SiteFolder) -> None:
         check(site)
 
 
+def test_a_key_that_others_may_read_is_named(site: SiteFolder) -> None:
+    create_node_key(site)
+    site.node_key_path.chmod(0o640)
+    with pytest.raises(SiteError, match=r"node\.key: others may read this secret"):
+        check(site)
+
+
 def test_a_certificate_that_is_none_is_named(site: SiteFolder) -> None:
     create_node_key(site)
     (site.root / "ca.crt").write_text("no certificate")
