@@ -23,7 +23,12 @@ def find_study(name: str, changes: Sequence[str] = ()) -> Study:
     read = {}
     for change in changes:
         key, _, text = change.partition("=")
-        read[key] = parse_config(f"value = {text}".encode(), f"--set {change}", StudyError)["value"]
+        try:
+            read[key] = parse_config(f"value = {text}".encode(), f"--set {change}", StudyError)["value"]
+        except StudyError as error:
+            raise StudyError(
+                error.message, remedy="write it as TOML, texts in quotes: --set 'model.name=\"mlp\"'"
+            ) from None
     return varied(found, read, " ".join(["--set", *changes]))
 
 

@@ -42,6 +42,12 @@ def test_a_changed_study_is_another_study(tmp_path: Path) -> None:
     assert sim("export", "breast-cancer", tmp_path / "study.json").exit_code == 2
 
 
+def test_a_text_without_quotes_is_told_how_to_be_written(tmp_path: Path) -> None:
+    result = sim("export", "breast-cancer", tmp_path / "study.json", "--set", "model.name=mlp")
+    assert result.exit_code == 2
+    assert """--set 'model.name="mlp"'""" in told(result)["remedy"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
