@@ -32,6 +32,7 @@ Mask = npt.NDArray[np.bool_]
 
 FINITE_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NUMBER = FINITE_NUMBER + r"|^[+-]?(?i:inf|infinity)$"
+_DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
 _MISSING = "missing though the study refuses missing values"
 _SCHEMAS_KEPT = 32
 
@@ -190,7 +191,10 @@ def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violat
         for s, source in enumerate(column.sources):
             found = np.flatnonzero(strange[s * table.records : (s + 1) * table.records])
             if len(found):
-                violations.append(table.violation(source, "not a number", found))
+                cells = text.take(pa.array(found + s * table.records))
+                commas = pc.all(pc.match_substring_regex(cells, _DECIMAL_COMMA)).as_py()
+                reason = "not a number, for its decimal comma" if commas else "not a number"
+                violations.append(table.violation(source, reason, found))
         values[strange] = (column.range[0] + column.range[1]) / 2  # already told; no second violation
     if column.beyond != "refuse":
         low, high = column.range

@@ -157,7 +157,8 @@ class _Plan:
             raise DataError(
                 f"{origin}: the table lacks column {', '.join(lacking[:10])}{more}",
                 remedy="export them with a header line, select them in the query, or say in site.toml "
-                "[data.columns.NAME] what they are called there",
+                "[data.columns.NAME] what they are called there"
+                + ("; the whole header is one column: say [data] delimiter, too" if len(have) == 1 else ""),
             )
         text = {name: rows.column(self.wanted[name]).combine_chunks() for name in self.names}
         for column in self.stems.values():

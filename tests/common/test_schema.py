@@ -176,6 +176,11 @@ def test_the_dictionary_is_compiled_once_to_pandera() -> None:
     assert compile_schema(parse_study(study.canonical, "again")) is schema
 
 
+def test_a_decimal_comma_is_told_as_one() -> None:
+    with pytest.raises(DataError, match=r"column x: not a number, for its decimal comma, once \(row 3\)"):
+        encode(table(x=["1", "2.5", "3,5"], outcome=["0", "1", "0"]), study_with(numeric("x")))
+
+
 def test_a_table_that_lacks_columns_is_refused() -> None:
     with pytest.raises(DataError, match=r"t\.csv: the table lacks column c"):
         encode(table(x=["1"]), study_with(numeric("x"), category("c")))
