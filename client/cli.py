@@ -151,12 +151,15 @@ def check(folder: Folder, study: StudyFile, json: JsonOption = False) -> None:
     from client.cohort import load_cohort
     from client.settings import SiteFolder
     from client.site import read_split_key
+    from client.withdrawal import load_withdrawn
     from common.explain import explain_cost
     from common.study import load_study
 
     with speaking(json) as speaker:
         site, checked = SiteFolder(folder), load_study(study)
-        cohort = load_cohort(site, checked, read_split_key(site))
+        key = read_split_key(site)
+        cohort = load_cohort(site, checked, key)
+        withdrawn = load_withdrawn(site, key).patients
         numbers = {
             "training_patients": len(cohort.train),
             "test_patients": len(cohort.test),
@@ -164,6 +167,10 @@ def check(folder: Folder, study: StudyFile, json: JsonOption = False) -> None:
             "test_records": len(cohort.test.labels),
             "features": cohort.train.features.shape[1],
         }
+        if withdrawn:
+            numbers["withdrawn_listed"] = len(withdrawn)
+            here = {*(cohort.train.hashes or ()), *(cohort.test.hashes or ())}
+            numbers["withdrawn_of_these_here"] = len(withdrawn & here)
         size = site.file.site.public_size
         speaker.say(f"{site.data_path} fits study {checked.name} ({checked.digest[:12]}).")
         for name, value in numbers.items():

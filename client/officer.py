@@ -13,7 +13,7 @@ from common.console import JsonOption, Speaker, speaking
 from common.errors import Refused, SiteError
 
 if TYPE_CHECKING:
-    from client.policy import Policy
+    from client.policy import Approval, Policy
     from client.settings import SiteFolder
     from common.study import Study
 
@@ -135,6 +135,10 @@ def approve(
             valid_from=_moment(valid_from, "--valid-from", time.min),
             valid_until=_moment(valid_until, "--valid-until", time.max),
         )
+        if approval.valid_until is not None and approval.valid_until < datetime.now(UTC):
+            raise SiteError(
+                f"--valid-until {valid_until}: is over", remedy="name today, or a later day (UTC)"
+            )
         limits = found.limits(approval)
         _explain(speaker, site, wanted, found, limits)
         if public_cohort:
@@ -182,6 +186,10 @@ def _explain(speaker: Speaker, site: SiteFolder, study: Study, policy: Policy, l
             f"Lifetime budget of a patient, ε = {budget.epsilon:g} at δ = {budget.delta:g}: "
             f"{before / budget.capacity:.1%} is reserved; one session takes {session / budget.capacity:.1%}."
         )
+        if before + session > budget.capacity:
+            speaker.say(
+                "NO SESSION FITS into what is left; the vault will refuse each. --epsilon makes it cost less."
+            )
 
 
 def revoke(
@@ -227,6 +235,7 @@ def withdraw(
             raise SiteError("no patient is named", remedy="give --id ID, or --ids FILE")
         new = write_list(site, read_split_key(site), wanted)
         speaker.say(f"{new} patients more on the list {site.withdrawn_path}, honoured from the next step on.")
+        speaker.say("Ids weren't looked up: `fedward-site check` says how many of the list the data hold.")
         speaker.answer({"site": site.name, "added": new, "list": str(site.withdrawn_path)})
 
 
@@ -293,13 +302,14 @@ def budget(folder: Folder, json: JsonOption = False) -> None:
                     "epsilon_approved": approval.epsilon,
                     "delta_approved": approval.delta,
                     "revoked": approval.revoked_at is not None,
+                    "standing": _standing(approval, datetime.now(UTC)),
                 }
             )
         header = ["study", "digest", "sessions", "ε reserved", "ε approved", "δ approved", "standing"]
         table = [
             [r["study"], r["digest"][:12], str(r["sessions"]), f"{r['epsilon_reserved']:.3f}"]
             + [f"{r[k]:g}" if r[k] else "none" for k in ("epsilon_approved", "delta_approved")]
-            + ["revoked" if r["revoked"] else "yes"]
+            + [r["standing"]]
             for r in rows
         ]
         speaker.table(f"Budget of {site.name}, per patient", header, table)
@@ -313,6 +323,16 @@ def budget(folder: Folder, json: JsonOption = False) -> None:
                 f"{share:.1%} of it is reserved."
             )
         speaker.answer({"site": site.name, "lifetime": lifetime, "studies": rows})
+
+
+def _standing(approval: Approval, now: datetime) -> str:
+    if approval.revoked_at is not None:
+        return "revoked"
+    if approval.valid_until is not None and approval.valid_until < now:
+        return f"ended {approval.valid_until:%Y-%m-%d}"
+    if approval.valid_from is not None and approval.valid_from > now:
+        return f"from {approval.valid_from:%Y-%m-%d}"
+    return "yes"
 
 
 @ledger.command()

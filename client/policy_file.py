@@ -176,7 +176,7 @@ def revoke(folder: SiteFolder, digest: str, by: str) -> None:
     if len(found) != 1:
         raise NotApproved(
             f"{len(found)} approved studies begin with {digest!r}",
-            remedy="give the digest as policy.toml has it",
+            remedy="give 6 characters or more of the digest: fedward-site budget lists them",
         )
     ended = found[0].model_copy(
         update={"revoked_by": by, "revoked_at": datetime.now(UTC).replace(microsecond=0)}

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from client.account import read_account
 from client.cli import app
-from client.policy_file import load_policy, set_policy
+from client.policy_file import load_policy, save_policy, set_policy
 from client.settings import SiteFolder
 from client.site import make_site_keys, open_vault, read_split_key
 from client.withdrawal import load_withdrawn, patient_hash
@@ -219,17 +220,48 @@ def test_approving_counts_what_is_reserved(site: SiteFolder, file: Path) -> None
     assert f"{share:.1%} is reserved; one session takes {share:.1%}" in done.stdout
 
 
+def test_approving_tells_that_no_session_fits(site: SiteFolder, file: Path) -> None:
+    set_policy(site, {"cohort": {"epsilon": 0.1, "delta": 1e-2}})
+    assert "NO SESSION FITS" in ask("approve", site.root, file, "--yes").stdout
+    set_policy(site, {"cohort": {"epsilon": 100.0, "delta": 1e-2}})
+    other = toml(study(name="other"), site.root / "other.json")
+    assert "NO SESSION FITS" not in ask("approve", site.root, other, "--yes").stdout
+
+
+def test_the_budget_tells_whether_an_approval_stands(site: SiteFolder, file: Path) -> None:
+    set_policy(site, {"cohort": {"epsilon": 100.0, "delta": 1e-2}})
+    ask("approve", site.root, file, "--yes", "--valid-from", "2127-01-01")
+    assert told("budget", site.root)["studies"][0]["standing"] == "from 2127-01-01"
+    (made,) = load_policy(site).approved
+    ended = made.model_copy(update={"valid_from": None, "valid_until": datetime(2020, 1, 2, tzinfo=UTC)})
+    save_policy(site, load_policy(site).model_copy(update={"approved": (ended,)}))
+    assert told("budget", site.root)["studies"][0]["standing"] == "ended 2020-01-02"
+
+
+def test_a_header_of_one_column_asks_for_the_delimiter(site: SiteFolder, file: Path) -> None:
+    site.data_path.write_text(site.data_path.read_text().replace(",", ";"))
+    assert "[data] delimiter" in told("check", site.root, file, expect=DataError.exit_status)["remedy"]
+
+
+def test_check_tells_how_many_who_withdrew_the_data_hold(site: SiteFolder, file: Path) -> None:
+    assert "withdrawn_listed" not in told("check", site.root, file)
+    patient = site.data_path.read_text().splitlines()[1].split(",")[0]
+    ask("withdraw", site.root, "--id", patient, "--id", "misspelt")
+    found = told("check", site.root, file)
+    assert (found["withdrawn_listed"], found["withdrawn_of_these_here"]) == (2, 1)
+
+
 def test_caps_and_dates_of_an_approval(site: SiteFolder, file: Path) -> None:
     set_policy(site, {"cohort": {"epsilon": 100.0, "delta": 1e-2}})
     made = told("approve", site.root, file, "--yes", "--epsilon", 0.5, "--delta", 1e-5, "--descriptions", 0,
-                "--valid-from", "2027-01-01", "--valid-until", "2027-12-31")  # fmt: skip
+                "--valid-from", "2127-01-01", "--valid-until", "2127-12-31")  # fmt: skip
     assert (made["session_epsilon"], made["session_delta"]) == (0.5, 1e-5)
     assert (made["epsilon"], made["delta"]) == (0.5, 1e-5)
     (found,) = load_policy(site).approved
     assert found.valid_from is not None
     assert found.valid_until is not None
-    assert found.valid_from.isoformat() == "2027-01-01T00:00:00+00:00"
-    assert found.valid_until.isoformat() == "2027-12-31T23:59:59+00:00"  # the last day, too
+    assert found.valid_from.isoformat() == "2127-01-01T00:00:00+00:00"
+    assert found.valid_until.isoformat() == "2127-12-31T23:59:59+00:00"  # the last day, too
 
 
 EIGHT = {"epsilon": 8.0, "delta": 1e-4}
@@ -240,6 +272,7 @@ EIGHT = {"epsilon": 8.0, "delta": 1e-4}
     [
         ({}, [], SiteError, "no lifetime budget"),
         ({"cohort": EIGHT}, ["--valid-until", "soon"], SiteError, "not a day"),
+        ({"cohort": EIGHT}, ["--valid-until", "2020-01-01"], SiteError, "is over"),
         ({"cohort": EIGHT}, ["--valid-from", "2027-02-30"], SiteError, "not a day"),
         ({"cohort": EIGHT}, ["--epsilon", "-1"], SiteError, "session_epsilon"),
         (
