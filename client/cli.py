@@ -38,7 +38,8 @@ public_size = {identity.public_size}
 [data]
 # CSV or Parquet, one line a record, relative to this file.
 file = {file}
-# delimiter = ";"    # of a CSV file, if it is no comma; numbers are written with a point
+# delimiter = ";"    # of a CSV file, if it is no comma
+# decimal = ","      # of its numbers, if it is no point
 
 # Instead of file, the result of one SELECT, which is read without the right to write. A password stands in
 # password_file (chmod 600), PGPASSWORD or ~/.pgpass, never here.

@@ -94,6 +94,8 @@ class DataSource(Strict):
     Attributes:
         file: relative to site.toml.
         delimiter: of a CSV file.
+        decimal: what stands before the decimals of its numbers. With a comma, a number with a point is
+            refused: 1.500 could be meant as 1500.
         sql: a database, `sqlite:///FILE` (relative to site.toml) or `postgresql+psycopg://HOST/NAME`, without
             a password.
         query, query_file: the one SELECT whose result is the table; a file is relative to site.toml.
@@ -114,6 +116,7 @@ class DataSource(Strict):
 
     file: str | None = None
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    decimal: Literal[".", ","] = "."
     sql: str | None = None
     query: Annotated[str, Field(max_length=100_000)] | None = None
     query_file: str | None = None
@@ -135,6 +138,8 @@ class DataSource(Strict):
             raise ValueError("give one of file, sql and fhir: where the records are")
         if (self.query is not None) + (self.query_file is not None) != (self.sql is not None):
             raise ValueError("give query or query_file with sql, and only then")
+        if self.decimal != "." and (self.file is None or self.file.lower().endswith((".parquet", ".pq"))):
+            raise ValueError("decimal belongs to a CSV file; elsewhere numbers are no texts")
         if self.password_file is not None and self.sql is None:
             raise ValueError("password_file belongs to sql")
         if self.fhir is None and (self.fhir_columns or self.fhir_date or self.fhir_rows != "patient"):

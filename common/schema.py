@@ -32,6 +32,7 @@ Mask = npt.NDArray[np.bool_]
 
 FINITE_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NUMBER = FINITE_NUMBER + r"|^[+-]?(?i:inf|infinity)$"
+_COMMA = "not a number, for a comma (if decimals follow it, site.toml can say so: [data] decimal)"
 _DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
 _MISSING = "missing though the study refuses missing values"
 _SCHEMAS_KEPT = 32
@@ -193,7 +194,7 @@ def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violat
             if len(found):
                 cells = text.take(pa.array(found + s * table.records))
                 commas = pc.all(pc.match_substring_regex(cells, _DECIMAL_COMMA)).as_py()
-                reason = "not a number, for its decimal comma" if commas else "not a number"
+                reason = _COMMA if commas else "not a number"
                 violations.append(table.violation(source, reason, found))
         values[strange] = (column.range[0] + column.range[1]) / 2  # already told; no second violation
     if column.beyond != "refuse":

@@ -75,6 +75,7 @@ class _Plan:
         self.names = needed_columns(study)
         self.columns: dict[str, Column] = {s: c for c in study.data.columns for s in c.sources}
         self.stems: dict[str, Column] = {c.name: c for c in study.data.columns}
+        self.comma = folder.file.data.decimal == ","
         self.single = {*folder.file.data.columns}
         self.label = study.data.label
         numbers = (study.data.label.number, study.data.label.time)
@@ -171,16 +172,25 @@ class _Plan:
         return text | {n: self._converted(n, text[n]) for n in self.names if n not in self.columns}
 
     def _converted(self, name: str, text: Any) -> Any:
-        mapping = self.mappings[name]
+        mapping, written = self.mappings[name], text
+        column = self.columns.get(name) or self.numbers.get(name)
+        if self.comma and isinstance(column, NumericColumn):
+            text = _with_point(text, column)
         if mapping.codes:
             theirs = [normal_code(code) for code in mapping.codes]
-            index = pc.index_in(normal_text(text), value_set=pa.array(theirs))
+            index = pc.index_in(normal_text(written), value_set=pa.array(theirs))
             ours = pa.array(list(mapping.codes.values()), pa.string()).take(index)
             text = pc.coalesce(ours, text)
-        column = self.columns.get(name) or self.numbers.get(name)
         if isinstance(column, NumericColumn) and (mapping.multiply != 1.0 or mapping.add != 0.0):
             return _rescaled(text, mapping, column)
         return text
+
+
+def _with_point(text: Any, column: NumericColumn) -> Any:
+    """Of decimal commas, points; of points, what is no number. Missing codes stay as they are."""
+    plain = pc.utf8_trim_whitespace(text)
+    pointed = pc.replace_substring(pc.replace_substring(plain, ".", ":"), ",", ".")
+    return pc.if_else(pc.fill_null(missing_text(plain, column.missing_codes), True), text, pointed)
 
 
 def _rescaled(text: Any, mapping: Mapping, column: NumericColumn) -> Any:

@@ -89,6 +89,31 @@ def test_missing_codes_are_not_converted(tmp_path: Path) -> None:
     assert column(table, "pulse") == ["-9", "61"]
 
 
+def test_decimal_commas_are_read_where_site_toml_says_so(tmp_path: Path) -> None:
+    study = STUDY.replace("default = 70", 'default = 70\nmissing_codes = [".", "-9.5"]')
+    site = SITE + (
+        'delimiter = ";"\ndecimal = ","\n[data.columns.age]\nunit = "mo"\nmultiply = 0.5\n'
+        '[data.columns.pulse.codes]\n"zu hoch" = "250.5"\n"3,5" = "."\n'
+    )
+    lines = (
+        "p1;40,5;1;60,25;0",
+        "p2;1.500;1;.;0",
+        "p3; -1,5e1 ;0;zu hoch;1",
+        "p4;;0;-9.5;1",
+        "p5;1.500,5;0;3,5;1",
+    )
+    table = read(tmp_path, site, study, "\n".join(["patient_id;age;sex;pulse;outcome", *lines, ""]))
+    assert column(table, "age") == ["20.25", "1:500", "-7.5", "", "1:500.5"]  # thousands are no numbers
+    assert column(table, "pulse") == ["60.25", ".", "250.5", "-9.5", "."]
+    assert column(table, "sex") == ["1", "1", "0", "0", "0"]
+
+
+@pytest.mark.parametrize("site", [SITE.replace(".csv", ".parquet"), SITE.replace("file", "fhir")])
+def test_only_texts_have_decimal_commas(tmp_path: Path, site: str) -> None:
+    with pytest.raises(SiteError, match="decimal belongs to a CSV file"):
+        read(tmp_path, site + 'decimal = ","\n')
+
+
 REPEATED = STUDY.replace('name = "age"\n', 'name = "age"\nrepeat = 2\n')
 
 
