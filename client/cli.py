@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from client import officer
+from client import books, officer
 from client.officer import Folder, StudyFile
 from common.console import JsonOption, speaking
 from common.errors import SiteError
@@ -192,12 +192,12 @@ for command in (
     officer.approve,
     officer.revoke,
     officer.withdraw,
-    officer.withdrawals,
-    officer.budget,
-    officer.certificate,
+    books.withdrawals,
+    books.budget,
+    books.certificate,
 ):
     app.command()(command)
-app.add_typer(officer.ledger, name="ledger")
+app.add_typer(books.ledger, name="ledger")
 
 
 @app.command()

@@ -130,12 +130,7 @@ def approve(
         Refused: if the policy forbids it, or it runs without privacy and the cohort isn't public.
     """
     policy = load_policy(folder)
-    require_lifetime(folder, policy, study)
-    if policy.standing(study.digest) is not None:
-        raise SiteError(
-            f"{folder.policy_path}: study {study.digest[:12]} is approved already",
-            remedy="revoke it first to change its budget: fedward-site revoke",
-        )
+    refuse_unready(folder, policy, study)
     if not study.private:
         approval.refuse_unprotected("a study without privacy")
     policy.refuse_below_floors(study, plan, folder.file.site.public_size)
@@ -149,10 +144,15 @@ def approve(
     return approval
 
 
-def require_lifetime(folder: SiteFolder, policy: Policy, study: Study) -> None:
+def refuse_unready(folder: SiteFolder, policy: Policy, study: Study) -> None:
     """Raises:
-    SiteError: if a study with privacy finds no lifetime budget to be charged to.
+    SiteError: if the study is approved already, or has privacy and finds no lifetime budget to be charged to.
     """
+    if policy.standing(study.digest) is not None:
+        raise SiteError(
+            f"{folder.policy_path}: study {study.digest[:12]} is approved already",
+            remedy="revoke it first to change its budget: fedward-site revoke",
+        )
     if study.private and policy.cohort is None:
         raise SiteError(
             f"{folder.policy_path}: no lifetime budget of the cohort",

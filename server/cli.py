@@ -91,6 +91,22 @@ def enrol(
 
 
 @main.command()
+def remove(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="SITE", help="The site's name, as `sites` shows it.")],
+    json: JsonOption = False,
+) -> None:
+    """Let a site connect no more, whose key is lost, stolen or wrong; the servers must be running.
+
+    Sessions that go on do so without it. It may be enrolled anew with another key.
+    """
+    with speaking(json) as speaker:
+        node_id = flower.unregister_node(CoordinatorFolder(folder), name)
+        speaker.say(f"removed {name} (node {node_id})")
+        speaker.answer({"name": name, "node_id": str(node_id)})
+
+
+@main.command()
 def sites(folder: Folder, json: JsonOption = False) -> None:
     """Show the enrolled sites and which of them are connected."""
     with speaking(json) as speaker:

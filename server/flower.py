@@ -30,6 +30,7 @@ CONNECTION = "coordinator"
 SERVER_APP, CLIENT_APP = "server.app:app", "client.app:app"
 ConfigValue = bool | int | float | str
 _COMMAND_SECONDS = 120
+_USED = "Public key already in use"  # what Flower says
 _FRAME = dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")  # Flower draws a box round its errors
 _SHOWN_CHARACTERS = 500
 
@@ -171,12 +172,36 @@ def register_node(folder: CoordinatorFolder, public_key_path: Path, name: str) -
                 f"{site} is enrolled already (node {known.node_id})",
                 remedy="give the site another name, or have it make a key of its own",
             )
-    answer = _flwr(
-        folder, "supernode", "register", str(public_key_path.resolve()), CONNECTION, "--name", name
-    )
+    try:
+        answer = _flwr(
+            folder, "supernode", "register", str(public_key_path.resolve()), CONNECTION, "--name", name
+        )
+    except DeploymentError as error:
+        if _USED not in error.message:
+            raise
+        raise DeploymentError(
+            f"{public_key_path}: this key was enrolled before, and was removed",
+            remedy="have the site move keys/node.key and node.pub away, and make new ones: fedward-site join",
+        ) from None
     node_id = int(answer["node-id"])
     sites = EnrolledSites(sites={**enrolled, name: EnrolledSite(node_id=node_id, public_key=key)})
     write_atomic(folder.sites, sites.model_dump_json(indent=2).encode())
+    return node_id
+
+
+def unregister_node(folder: CoordinatorFolder, name: str) -> int:
+    """Let an enrolled site connect no more; return the node id that it had.
+
+    Raises:
+        DeploymentError: if no such site is enrolled, or SuperLink doesn't answer.
+    """
+    enrolled = enrolled_sites(folder)
+    if name not in enrolled:
+        raise DeploymentError(f"no site {name} is enrolled", remedy="see: fedward-server sites FOLDER")
+    node_id = enrolled.pop(name).node_id
+    if node_id in (i for i, _ in _listed(folder)):  # not after a removal that was cut short
+        _flwr(folder, "supernode", "unregister", str(node_id), CONNECTION)
+    write_atomic(folder.sites, EnrolledSites(sites=enrolled).model_dump_json(indent=2).encode())
     return node_id
 
 
@@ -198,10 +223,14 @@ def nodes(folder: CoordinatorFolder) -> tuple[Node, ...]:
         DeploymentError: if SuperLink doesn't answer.
     """
     names = {site.node_id: name for name, site in enrolled_sites(folder).items()}
-    listed = _flwr(folder, "supernode", "list", CONNECTION).get("nodes") or []
-    known = [(int(node["node-id"]), str(node["status"])) for node in listed]
-    found = [Node(i, names[i], status) for i, status in known if i in names]
+    found = [Node(i, names[i], status) for i, status in _listed(folder) if i in names]
     return tuple(sorted(found, key=lambda node: node.name))
+
+
+def _listed(folder: CoordinatorFolder) -> list[tuple[int, str]]:
+    """SuperLink's nodes and their status."""
+    listed = _flwr(folder, "supernode", "list", CONNECTION).get("nodes") or []
+    return [(int(node["node-id"]), str(node["status"])) for node in listed]
 
 
 def run_log(folder: CoordinatorFolder, run_id: int) -> str:

@@ -203,6 +203,9 @@ def test_approving_says_what_a_study_learns_spends_and_leaves(site: SiteFolder, 
     assert f"Approved: small-study {WANTED.digest[:12]}, by dean." in done.stdout
     (made,) = load_policy(site).approved
     assert (made.approved_by, made.epsilon) == ("dean", 2 * 2.0 + 20.0)
+    done = ask("approve", site.root, file, expect=SiteError.exit_status)  # before anything is asked
+    assert "is approved already" in done.output
+    assert "One session costs" not in done.output
 
 
 def test_approving_counts_what_is_reserved(site: SiteFolder, file: Path) -> None:

@@ -17,6 +17,7 @@ from cluster import Cluster, environments, pids
 
 from client.launcher import COMMAND, REFUSED
 from client.settings import SiteFolder
+from client.supernode import create_node_key
 from client.supernode import programs as site_programs
 from common.processes import free_port
 from server.flower import nodes, run_log, submit
@@ -203,6 +204,28 @@ def test_an_unregistered_key_is_refused(cluster: Cluster) -> None:
     assert "Failed to activate SuperNode" in done.stdout + done.stderr
     assert "SuperNode ID" not in done.stdout + done.stderr
     assert {n.name for n in nodes(cluster.coordinator)} == set(cluster.names)
+
+
+def test_a_removed_site_is_refused_and_may_come_back_with_another_key(cluster: Cluster) -> None:
+    def told(*arguments: str | Path) -> dict[str, str]:
+        command = [sys.executable, "-m", "server.cli", *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return json.loads(done.stdout)
+
+    site, root = cluster.folder_for("guest"), cluster.coordinator.root
+    enrol = ("enrol", root, site.node_key_path.with_suffix(".pub"), "--name", "guest")
+    node = told(*enrol)["node_id"]
+    assert told("remove", root, "guest") == {"name": "guest", "node_id": node}
+    done = attempt(site)
+    assert "Failed to activate SuperNode" in done.stdout + done.stderr
+    assert {n.name for n in nodes(cluster.coordinator)} == set(cluster.names)
+    assert told("remove", root, "guest")["message"] == "no site guest is enrolled"
+    assert told(*enrol)["message"].endswith("this key was enrolled before, and was removed")
+    for file in (site.node_key_path, site.node_key_path.with_suffix(".pub")):
+        file.unlink()
+    create_node_key(site)
+    assert told(*enrol)["node_id"] != node
+    assert "node_id" in told("remove", root, "guest")
 
 
 def test_a_client_without_encryption_is_refused(cluster: Cluster) -> None:
