@@ -278,6 +278,37 @@ def test_a_patient_counts_alike_in_pieces(weight: float) -> None:
     assert float((found[0] - found[1]).norm()) <= 1e-5
 
 
+class Cancelling(nn.Module):
+    """Six steps, of which the second half undoes the first but for a little."""
+
+    def __init__(self, close: float) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(10, 112, bias=False), nn.Linear(112, 1, bias=False)
+        self.head.weight.requires_grad_(False)
+        self.signs = torch.tensor([1.0] * 3 + [-1.0 - close] * 3)
+        with torch.no_grad():
+            self.layer.weight.zero_()
+            self.head.weight.copy_(((4 * torch.randn(1, 112)).round() / 4 + 1 / 3) * 1e3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = self.layer(x) * self.signs[:, None]
+        outputs: torch.Tensor = self.head(steps.transpose(1, 2).contiguous().sum(dim=2))
+        return outputs
+
+
+def test_equal_patients_who_all_go_another_way_are_within_the_margin() -> None:
+    """From 3745 patients in one pass on norms would come from Gram matrices, and all move the same way."""
+    torch.manual_seed(2)
+    network = Cancelling(10 ** float(torch.empty(1).uniform_(-2.2, -1)))
+    x = (4 * torch.randn(1, 3, 10)).round() / 4 + 1 / 3
+    cohort = cohort_of([1] * 3745, (6, 10))
+    cohort.features.copy_(torch.cat([x, x], dim=1))
+    cohort.labels.zero_()
+    engine, batch = TappedGradients(network, Objective(task="binary")), everybody(cohort)
+    whole, rest = engine.sum(cohort, batch, 1.0), engine.sum(cohort, less(batch, 3744), 1.0)
+    assert float((whole - rest).norm()) <= 1
+
+
 @pytest.mark.parametrize("engine", [TappedGradients, ClippedGradients])
 def test_nobody_has_outputs(engine: Any) -> None:
     """InstanceNorm refuses an empty batch."""
