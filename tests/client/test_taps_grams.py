@@ -41,7 +41,7 @@ def convolution(
     g = torch.randn(RECORDS, channels[1], *sides, generator=generator)
     if close is not None:
         x = 1 + close * x
-        inner = g[(..., *[slice(1, -1)] * planes)].clone()  # where no padding is
+        inner = functional.pad(g, [-1, -1] * planes)  # where no padding is
         inner -= inner.flatten(2).mean(dim=2).view(*g.shape[:2], *[1] * planes)
         g = functional.pad(inner, [1, 1] * planes)
     slot = Slot(0, (channels[1], channels[0], *how.kernel))
