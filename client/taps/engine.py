@@ -120,7 +120,9 @@ class TappedGradients:
 
         Roundings do conspire where patients are alike, and one more makes all of a pass go another way, from
         gradients in float32 to Gram matrices: this moved 3,744 of them by 0.03 C' in all. Hence the few
-        records of a pass; with these, and up to 128 rows each, no more than 0.003 C' was found.
+        records of a pass; with these, and up to 128 rows each, no more than 0.003 C' was found. With 1,500
+        rows each, weights chosen so that they cancel, and a step's memory at the very edge, a layer by itself
+        still came to 1.005 C: which way is taken should not depend on the other patients at all.
 
         Args:
             batch: a patient's records together; each patient has one at least.
