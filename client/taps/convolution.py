@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from client.taps.groups import Groups
+from client.taps.groups import ALONE, Groups, Layout
 from client.taps.parts import (
     Factors,
     Norms,
@@ -133,26 +133,38 @@ class Convolution:
 
     def _gram_norms(self, groups: Groups, norms: Norms) -> None:
         """Σ over pairs of positions of patches' and output gradients' products, in float64, because they may
-        cancel; of patients with a record each first in float32, where that may do."""
-        if not groups.one_record_each or self.x.dtype != torch.float32:
-            norms.squares += self._grams(self.x, self.g, groups, torch.float64)[0]
-            return
+        cancel; of patients with one record first in float32, where that may do."""
+        for layout in groups.layouts():
+            if layout.most == 1 and self.x.dtype == torch.float32:
+                self._rough_norms(layout, groups.patients, norms)
+            else:
+                norms.squares[layout.who] += self._grams(self.x, self.g, layout, torch.float64)[0]
+
+    def _rough_norms(self, layout: Layout, patients: int, norms: Norms) -> None:
+        single = slice(None) if layout.records is None else layout.records[:, 0]
+        own_x, own_g = self.x[single], self.g[single]
         # Lengths of 1, more or less, so that no square over- or underflows
-        x, g = record_lengths(self.x), record_lengths(self.g)
+        x, g = record_lengths(own_x), record_lengths(own_g)
         shape = [-1, *[1] * (self.x.dim() - 1)]
-        found, lengths = self._grams(self.x / x.view(shape), self.g / g.view(shape), groups, torch.float32)
+        found, lengths = self._grams(own_x / x.view(shape), own_g / g.view(shape), ALONE, torch.float32)
         # Each of two products of n numbers is off by at most n 2^-24 of their lengths (Higham 2002, section
         # 3.1), the roundings around them count as six numbers, and what does underflow is below 2^-50
         places, (outputs, channels) = math.prod(self._geometry.kernel), self.weight.shape[:2]
         terms = outputs + 6 + (channels + places if self._by_pixels else channels * places)
         squared = (x.double() * g.double()).square_()
         error = squared * (terms * 2.0**-24 * lengths.square_() + 2.0**-50)
+        record = torch.full((patients,), -1, device=x.device)  # -1: has several
+        record[layout.who] = torch.arange(len(self.x), device=x.device)[single]
 
         def exact(who: torch.Tensor) -> torch.Tensor:
-            alone = Groups(torch.arange(len(who), device=who.device), len(who))
-            return self._grams(self.x[who], self.g[who], alone, torch.float64)[0]
+            of = record[who]
+            result = found.new_zeros(len(who))
+            result[of >= 0] = self._grams(self.x[of[of >= 0]], self.g[of[of >= 0]], ALONE, torch.float64)[0]
+            return result
 
-        norms.add_rough(found * squared, error, exact)
+        every = found.new_zeros(2, patients)
+        every[:, layout.who] = torch.stack((found * squared, error))
+        norms.add_rough(every[0], every[1], exact)
 
     @property
     def _by_pixels(self) -> bool:
@@ -162,26 +174,23 @@ class Convolution:
         return pixels**2 < positions**2 * math.prod(how.kernel)
 
     def _grams(
-        self, x: torch.Tensor, g: torch.Tensor, groups: Groups, dtype: torch.dtype
+        self, x: torch.Tensor, g: torch.Tensor, layout: Layout, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """By products in that type the patients' squared norms, and Σ over positions of |patch| |output
-        gradient|; float64 [patients]."""
+        """By products in that type the squared norms of the layout's patients, and Σ over positions of
+        |patch| |output gradient|; float64 [patients]."""
         how = self._geometry
-        squares, lengths = g.new_zeros(2, groups.patients, dtype=torch.float64)
         if x.dim() == 3:
             x, g, how = x[:, :, None], g[:, :, None], how.flat()
         x = functional.pad(x, (how.padding[1], how.padding[1], how.padding[0], how.padding[0]))
+        sides = x.shape[2:]
         if not self._by_pixels:
             x = functional.unfold(x, how.kernel, how.dilation, 0, how.stride)
-        for layout in groups.layouts():
-            inputs = _products(layout.columns(x.flatten(2), padded=False).to(dtype))
-            if self._by_pixels:
-                inputs = how.patches(inputs.unflatten(2, (-1, *x.shape[2:])), g.shape[2:])
-            found = inputs.double().mul_(_products(layout.columns(g.flatten(2)).to(dtype)))
-            who = slice(None) if layout.patients is None else layout.patients
-            squares[who] = found.sum(dim=(1, 2))
-            lengths[who] = found.diagonal(dim1=1, dim2=2).sqrt().sum(dim=1)
-        return squares.clamp_(min=0.0), lengths
+        inputs = _products(layout.columns(x.flatten(2), padded=False).to(dtype))
+        if self._by_pixels:
+            inputs = how.patches(inputs.unflatten(2, (-1, *sides)), g.shape[2:])
+        found = inputs.double().mul_(_products(layout.columns(g.flatten(2)).to(dtype)))
+        lengths = found.diagonal(dim1=1, dim2=2).sqrt().sum(dim=1)
+        return found.sum(dim=(1, 2)).clamp_(min=0.0), lengths
 
     def _blocks(self) -> int:
         return max(1, _BLOCK // (self.weight.size * self.x.element_size()))

@@ -26,6 +26,11 @@ class Layout:
     most: int
     holds: torch.Tensor | None
 
+    @property
+    def who(self) -> torch.Tensor | slice:
+        """Which of the batch's patients."""
+        return slice(None) if self.patients is None else self.patients
+
     def rows(self, values: torch.Tensor, *, padded: bool = True) -> torch.Tensor:
         """[patients, most · rows, width] of values [records, rows, width].
 
@@ -51,6 +56,10 @@ class Layout:
             if padded and self.holds is not None:
                 taken = taken * self.holds[:, :, None, None].to(values.dtype)
         return taken.transpose(1, 2).flatten(2)
+
+
+ALONE = Layout(None, None, 1, None)
+"""All patients, with one record each."""
 
 
 class Groups:
@@ -97,7 +106,7 @@ class Groups:
     def _laid_out(self) -> list[Layout]:
         counts = self._counts
         if self._equal is not None or counts is None:
-            return [Layout(None, None, self._equal or 1, None)]
+            return [ALONE if self.one_record_each else Layout(None, None, self._equal or 1, None)]
         firsts = counts.cumsum(0) - counts
         different = counts.unique()
         caps = counts if len(different) <= _LAYOUTS else 2 ** counts.double().log2().ceil().long()

@@ -139,7 +139,7 @@ class Rows:
             outputs = torch.bmm(rows, rows.transpose(1, 2))
             inputs += len(self.biases)
             found = (inputs * outputs).sum(dim=(1, 2)).clamp_(min=0.0)
-            norms.squares[slice(None) if layout.patients is None else layout.patients] += found
+            norms.squares[layout.who] += found
 
     def _gradients(self, groups: Groups, records: slice = slice(None)) -> torch.Tensor:
         """The weights' gradient of each patient, [patients, outputs, inputs] or the flipped way round, of

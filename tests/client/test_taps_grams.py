@@ -131,3 +131,23 @@ def test_patients_with_several_records_are_taken_exactly() -> None:
     how, like = part._geometry, torch.empty(part.weight.shape, dtype=torch.float64)
     whole = how.weight_gradient(part.x.double(), part.g.double(), 1, like).square().sum()
     assert float(norms.squares) == pytest.approx(float(whole), rel=1e-12)
+
+
+@pytest.mark.parametrize("close", [None, 1e-2])
+@pytest.mark.parametrize("kind", GEOMETRIES)
+def test_who_has_one_record_is_taken_alike_beside_one_with_several(kind: str, close: float | None) -> None:
+    """Else one patient more would move all others' norms at once."""
+    part = convolution(kind, (30, 20), (1.0, 1.0), close)
+    alone = rough(part)
+    alone.settle()
+    patient = torch.tensor([0, 1, 1, 2, 3])
+    mixed = Norms(Groups(patient, 4), part.x, 0)
+    part._gram_norms(Groups(patient, 4), mixed)
+    ((_, error, _),) = mixed._rough
+    assert (error > 0).tolist() == [True, False, True, True]
+    mixed.settle()
+    torch.testing.assert_close(mixed.squares[[0, 2, 3]], alone.squares[[0, 3, 4]], rtol=1e-6, atol=0)
+    two = Convolution(part.weight, part._geometry, part.x[1:3], part.g[1:3])
+    together = Norms(Groups(torch.zeros(2, dtype=torch.int64), 1), part.x, 0)
+    two._gram_norms(Groups(torch.zeros(2, dtype=torch.int64), 1), together)
+    assert float(mixed.squares[1]) == pytest.approx(float(together.squares), rel=1e-12)
