@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from client.augment import augmenter_of
 from client.batches import batch_of
 from client.chain import Chain, no_chain
 from client.cohort import Patients
@@ -29,6 +30,8 @@ from client.stack import stack_of
 from client.tasks import Training, tried
 from client.training import Trainer, plain_batch, shuffled
 from common.messages import Arrays
+from common.models import study_model
+from common.study import Study
 
 MEMORY = 1 << 28  # bytes that one group's batches of a round, parameters and activations may take
 ENOUGH = 1 << 24, 16  # bytes, and sites, from which on more of them at once are no faster
@@ -44,6 +47,11 @@ def together(trainings: Sequence[Training]) -> list[Arrays | Exception]:
         for i, update in zip(group, _stacked_or_alone(chosen), strict=True):
             found[i] = update
     return found
+
+
+def may_stack(study: Study) -> bool:
+    """Whether sites may train the study's network in one piece; else none gains by waiting for others."""
+    return augmenter_of(study) is None and no_chain(study_model(study)) is None
 
 
 def _stacked_or_alone(trainings: Sequence[Training]) -> Sequence[Arrays | Exception]:

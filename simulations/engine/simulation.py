@@ -116,6 +116,7 @@ def simulate(
     places = simulation.places
     workers = max(1, min(settings.workers, len(places)))
     capacity = warm_capacity(study, places, workers, settings.memory_bytes)
+    small = stacking.may_stack(study)
     pace = Pace(stacking.together, workers)
     pool = VaultPool(places, settings.seed, capacity, pace)
     grid = DirectGrid(
@@ -123,7 +124,7 @@ def simulate(
         len(places),
         workers,
         pool.outcomes,
-        together=capacity,
+        together=capacity if small else workers,
         threads=pace.threads,
         pulse=_told_now_and_then(simulation, watch),
     )
@@ -132,7 +133,8 @@ def simulate(
     door.install(pool.resolve)
     gc.freeze()  # all that was imported: to look through it for garbage takes longer than many rounds
     young, middle, old = gc.get_threshold()
-    gc.set_threshold(SELDOM * young, middle, old)  # nor often through all that many sites keep
+    if small:  # nor often through all that many sites keep; of other networks, garbage may hold activations
+        gc.set_threshold(SELDOM * young, middle, old)
     try:
         server_app(grid, context)
     finally:

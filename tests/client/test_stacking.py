@@ -238,6 +238,16 @@ def test_the_same_parameters_are_left_as_they_are() -> None:
         assert not np.shares_memory(updates[0][name], parameters[name])
 
 
+def test_only_dense_networks_on_unvaried_records_are_stacked() -> None:
+    image = {"kind": "image", "name": "x", "size": [8, 8]}
+    varied = {**image, "augmentation": {"flip": True}}
+    assert stacking.may_stack(public_study())
+    assert stacking.may_stack(public_study(data={"columns": [image]}))
+    assert not stacking.may_stack(public_study(data={"columns": [varied]}))
+    cnn = {"name": "cnn", "parameters": {"channels": [2, 2]}}
+    assert not stacking.may_stack(public_study(data={"columns": [image]}, model=cnn))
+
+
 def test_who_has_nobody_left_stays_alone() -> None:
     study = public_study()
     trainings = [training(study, site, [1] * 10 if site else [], 12) for site in range(3)]
