@@ -101,6 +101,7 @@ class Company:
         like: a cohort's features [records, …], of which only shape and type count.
         taps: makes the function that is probed, of a network with other weights.
         limit: records of a pass, for memory; a public number.
+        enough: from so many records on a larger pass is no faster; a public number.
         named: what `taps` depends on besides the network.
     """
 
@@ -110,9 +111,11 @@ class Company:
         like: torch.Tensor,
         taps: Callable[[nn.Module], Taps],
         limit: int,
+        enough: int,
         named: str = "",
     ) -> None:
-        self._network, self._taps, self._limit, self._named = network, taps, limit, named
+        self._network, self._taps, self._named = network, taps, named
+        self._limit, self._enough = limit, min(limit, enough)
         # Small passes may be computed in other ways than large ones: most are held against one of 16
         self._multiple = multiple_of(network) if limit >= multiple_of(network) else 1
         self._base = 16 if limit >= 16 else self._multiple
@@ -127,11 +130,18 @@ class Company:
                 known.seating = self._probed()
             return known.seating
 
-    def seats(self, records: int) -> Seats:
-        """For that many records."""
+    def seats(self, records: int, alone: bool = True) -> Seats:
+        """For that many records.
+
+        Args:
+            alone: whether each of them is a patient; of several, those of one patient sit together.
+        """
         if self.seating is not Seating.FREE:
             return Seats(self, SMALLEST if self.seating is Seating.LANES else 1)
-        size = self._up(records) if records <= self._limit else self._limit // self._multiple * self._multiple
+        passes = -(-records // (self._enough if alone else self._limit))
+        size = self._up(-(-records // max(1, passes)))
+        if size > self._limit:
+            size = self._limit // self._multiple * self._multiple
         while size > self._base and not self.fits(size):
             size = self._up(size // 2)
         return Seats(self, size if self.fits(size) else self._base)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from client.batches import Batch
 from client.blocks import filled
@@ -26,6 +27,9 @@ from common.objectives import blank_labels, tried_objective
 from common.study import Objective
 
 MAX_RECORDS = 512  # in one pass through the network; see `sum` on rounding
+_ENOUGH = 72 << 20  # bytes of a pass of images from which on more are no faster: at least so many records,
+_FEWEST = 64
+_ENOUGH_OF_WEIGHTS = 32  # and so many times the weights, whose gradients each pass adds up
 CANCELLING = 2.0**6  # so many times as long as what they sum up to may a patient's rows be
 LARGEST = 2.0**60  # a patient's rows together; from half of it on it counts for less, from here on for zero
 
@@ -137,7 +141,7 @@ class TappedGradients:
         if not batch.patients or not self.parameters:
             return total
         groups = Groups(batch.patient.to(like.device), batch.patients)
-        seats = self._seats(patients.features, groups.records)
+        seats = self._seats(patients.features, groups.records, groups.one_record_each)
         blocks = list(groups.blocks(seats.most))
         for block in blocks:
             seats.probe(block.groups.records)
@@ -176,8 +180,8 @@ class TappedGradients:
                 module.training = mode
         return torch.cat(found)
 
-    def _seats(self, features: torch.Tensor, records: int) -> Seats:
-        """For so many records like these."""
+    def _seats(self, features: torch.Tensor, records: int, alone: bool = True) -> Seats:
+        """For so many records like these; see `Company.seats`."""
         kind = (tuple(features.shape[1:]), features.dtype, features.device, torch.get_num_threads())
         company = self._companies.get(kind)
         if company is None:
@@ -186,9 +190,9 @@ class TappedGradients:
             def taps(network: nn.Module) -> Taps:
                 return TappedGradients(network, tried, memory=self._memory)._all_taps()
 
-            limit = self._limit(features)
-            company = self._companies[kind] = Company(self.network, features, taps, limit, repr(tried))
-        return company.seats(records)
+            limits = self._limits(features)
+            company = self._companies[kind] = Company(self.network, features, taps, *limits, repr(tried))
+        return company.seats(records, alone)
 
     def _all_taps(self) -> Taps:
         def taps(features: torch.Tensor) -> list[torch.Tensor]:
@@ -277,9 +281,14 @@ class TappedGradients:
         factor = min(1.0, bound / max(norm, 1e-30), CANCELLING * bound / max(length, 1e-30))
         return total * (factor * min(1.0, 2.0 - length * (2.0 / LARGEST)))
 
-    def _limit(self, features: torch.Tensor) -> int:
-        """Records of a pass: as many as the memory allows, of which gradients may hold a quarter."""
-        return max(1, min(MAX_RECORDS, self._memory * 3 // 4 // max(1, self._measured(features))))
+    def _limits(self, features: torch.Tensor) -> tuple[int, int]:
+        """Records of a pass: as many as the memory allows, of which gradients may hold a quarter; and so many
+        that more are no faster."""
+        record = max(1, self._measured(features))
+        most = max(1, min(MAX_RECORDS, self._memory * 3 // 4 // record))
+        if not any(isinstance(m, _ConvNd) for m in self.network.modules()):
+            return most, most
+        return most, max(_FEWEST, max(_ENOUGH, _ENOUGH_OF_WEIGHTS * 4 * self.size) // record)
 
     def _measured(self, features: torch.Tensor) -> int:
         """Bytes that a record's pass keeps, from one over some made-up records: what autograd saves, and the

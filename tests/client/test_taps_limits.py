@@ -20,6 +20,7 @@ from client.batches import Batch
 from client.dpsgd import ClippedGradients
 from client.rowwise import CLIPPING_MARGIN
 from client.taps import TappedGradients, covers
+from client.taps import engine as engine_module
 from client.taps.convolution import Convolution, Geometry
 from client.taps.engine import CANCELLING
 from client.taps.groups import Block, Groups
@@ -646,6 +647,17 @@ def test_pieces_hold_no_more_records_than_memory_allows() -> None:
         assert network.seen[1:] == passes  # the first is for measuring
 
 
+def test_many_images_pass_in_equal_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_ENOUGH", 1)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 4 * 4, OUTPUTS))
+    cohort = cohort_of([1] * 70, (1, 6, 6))
+    engine = TappedGradients(network, OBJECTIVE)
+    sizes = {0: 4, 1: 4, 64: 64, 65: 36, 70: 36, 200: 52}
+    assert {n: engine._seats(cohort.features, n).most for n in sizes} == sizes
+    assert engine._seats(cohort.features, 200, alone=False).most == 200  # one patient's may be all of them
+    assert_exact(network, cohort, everybody(cohort))
+
+
 def test_measuring_leaves_torchs_generator_alone() -> None:
     network = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, OUTPUTS))
     cohort = cohort_of([1, 1], (6,))
@@ -653,7 +665,7 @@ def test_measuring_leaves_torchs_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    engine._limit(cohort.features)
+    engine._limits(cohort.features)
     assert torch.equal(torch.rand(3), expected)
 
 
