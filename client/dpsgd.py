@@ -73,7 +73,7 @@ def engine_of(
     """The fastest engine that takes this network: closed form, taps, or Opacus's per-record gradients.
 
     Args:
-        expected: public number of records in a step.
+        expected: public number of patients in a step.
         memory: bytes that a step's activations and gradients may take up.
     """
     if not_dense(network) is None:

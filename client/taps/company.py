@@ -67,10 +67,12 @@ class Seats:
 
     Attributes:
         most: records of a pass.
+        limit: records of any batch's pass; a public number.
     """
 
     def __init__(self, company: Company, size: int) -> None:
         self._company, self._size, self._rows = company, size, dict[int, int]()
+        self.limit = company.limit
         self.most = size // LANES if company.seating is Seating.LANES else size
 
     def probe(self, records: int) -> None:
@@ -115,7 +117,7 @@ class Company:
         named: str = "",
     ) -> None:
         self._network, self._taps, self._named = network, taps, named
-        self._limit, self._enough = limit, min(limit, enough)
+        self.limit, self._enough = limit, min(limit, enough)
         # Small passes may be computed in other ways than large ones: most are held against one of 16
         self._multiple = multiple_of(network) if limit >= multiple_of(network) else 1
         self._base = 16 if limit >= 16 else self._multiple
@@ -138,10 +140,10 @@ class Company:
         """
         if self.seating is not Seating.FREE:
             return Seats(self, SMALLEST if self.seating is Seating.LANES else 1)
-        passes = -(-records // (self._enough if alone else self._limit))
+        passes = -(-records // (self._enough if alone else self.limit))
         size = self._up(-(-records // max(1, passes)))
-        if size > self._limit:
-            size = self._limit // self._multiple * self._multiple
+        if size > self.limit:
+            size = self.limit // self._multiple * self._multiple
         while size > self._base and not self.fits(size):
             size = self._up(size // 2)
         return Seats(self, size if self.fits(size) else self._base)
@@ -184,7 +186,7 @@ class Company:
         if len(set(found)) == 1 and all(mixed[i] == found[0] for i in range(size) if i not in others):
             self._known.reference, self._known.fits[size] = found[:1], True
             return Seating.FREE
-        if self._limit < SMALLEST:
+        if self.limit < SMALLEST:
             return Seating.ALONE
         size, others = SMALLEST, (6, 9, 11, 20)  # one in each lane
         found = _rows(taps(self._batch(size, ())), size)

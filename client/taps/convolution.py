@@ -115,7 +115,7 @@ class Convolution:
         if self._gram_is_cheaper(groups, norms):
             self._gram_norms(groups, norms)
             return
-        held = norms.hold(groups.patients * self.weight.size, self.x.element_size())
+        held = norms.hold(self.weight.size, self.x.element_size())
         for block in groups.blocks(self._blocks()):
             found = self._block(block.records, block.groups)
             norms.squares[block.patients] += row_squares(found)
@@ -127,9 +127,10 @@ class Convolution:
         if self._geometry.groups > 1 or self.x.dim() > 4:
             return False
         outputs = self.weight.shape[0]
-        holdable = norms.could_hold(groups.patients * self.weight.size, self.x.element_size())
+        holdable = norms.could_hold(self.weight.size, self.x.element_size())
         widths = (self.weight.size // outputs, outputs)
-        return gram_is_cheaper(math.prod(self.g.shape[2:]), widths, groups, holdable)
+        rows = groups.mean_records * math.prod(self.g.shape[2:])
+        return gram_is_cheaper(rows, widths, norms.room, holdable)
 
     def _gram_norms(self, groups: Groups, norms: Norms) -> None:
         """Σ over pairs of positions of patches' and output gradients' products, in float64, because they may

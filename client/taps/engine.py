@@ -40,7 +40,7 @@ class TappedGradients:
     Args:
         network: its own forward functions are back whenever no sum is being taken; what is frozen, and which
             layers there are, must stay as they are now.
-        expected: public number of records in a step; nothing depends on it here.
+        expected: public number of patients in a step, by which is chosen how norms are computed.
         memory: bytes that a step's activations, their gradients and held gradients may take up, as far as
             one record allows.
 
@@ -49,7 +49,12 @@ class TappedGradients:
     """
 
     def __init__(
-        self, network: nn.Module, objective: Objective, expected: float = 1.0, *, memory: int = STEP_MEMORY
+        self,
+        network: nn.Module,
+        objective: Objective,
+        expected: float = MAX_RECORDS,
+        *,
+        memory: int = STEP_MEMORY,
     ) -> None:
         reason = covers(network)
         if reason is not None:
@@ -57,6 +62,7 @@ class TappedGradients:
         self.network = network
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self._objective, self._memory = objective, memory
+        self._patients = math.ceil(expected + 6 * math.sqrt(expected))  # more in one of a billion steps
         self._tape, self._slots, offset = Tape(), dict[int, Slot](), 0
         for parameter in self.parameters:
             self._slots[id(parameter)] = Slot(offset, tuple(parameter.shape))
@@ -124,9 +130,8 @@ class TappedGradients:
 
         Roundings do conspire where patients are alike, and one more makes all of a pass go another way, from
         gradients in float32 to Gram matrices: this moved 3,744 of them by 0.03 C' in all. Hence the few
-        records of a pass; with these, and up to 128 rows each, no more than 0.003 C' was found. With 1,500
-        rows each, weights chosen so that they cancel, and a step's memory at the very edge, a layer by itself
-        still came to 1.005 C: which way is taken should not depend on the other patients at all.
+        records of a pass; and where each patient has one record, public numbers decide which way is taken.
+        Where some have several, the mean of a pass's records does, too: one patient more could tip that.
 
         Args:
             batch: a patient's records together; each patient has one at least.
@@ -239,7 +244,8 @@ class TappedGradients:
         with torch.no_grad():
             lengths = squared_lengths(parts, groups)
             parts = merged(parts, groups)
-            norms = Norms(groups, self.parameters[0], self._memory // 4)
+            room = max(groups.patients, min(self._patients, seats.limit))
+            norms = Norms(groups, self.parameters[0], self._memory // 4, room)
             # Small gradients first: holding one saves a product, and most per byte where it is small
             for part in sorted(parts, key=_size):
                 part.norms(groups, norms)

@@ -58,11 +58,13 @@ class Norms:
     Attributes:
         squares: float64 [patients].
         held: bytes that gradients of patients may take up.
+        room: patients that there may be. A public number, for which way norms are computed shouldn't depend
+            on how many others there are; see `TappedGradients.sum` on rounding.
     """
 
-    def __init__(self, groups: Groups, like: torch.Tensor, held: int) -> None:
+    def __init__(self, groups: Groups, like: torch.Tensor, held: int, room: int) -> None:
         self.squares = like.new_zeros(groups.patients, dtype=torch.float64)
-        self.held = held
+        self.held, self.room = held, room
         self._rough: list[tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]] = []
 
     def add_rough(
@@ -86,15 +88,15 @@ class Norms:
             found[doubtful] = torch.stack([exact(doubtful) for _, _, exact in self._rough]).sum(dim=0)
         self.squares += found
 
-    def could_hold(self, count: int, itemsize: int) -> bool:
-        """Whether so many numbers may be held."""
-        return count * itemsize <= self.held
+    def could_hold(self, size: int, itemsize: int) -> bool:
+        """Whether so many numbers of each patient may be held."""
+        return self.room * size * itemsize <= self.held
 
-    def hold(self, count: int, itemsize: int) -> bool:
+    def hold(self, size: int, itemsize: int) -> bool:
         """The same; if so, they count as held from here on."""
-        if not self.could_hold(count, itemsize):
+        if not self.could_hold(size, itemsize):
             return False
-        self.held -= count * itemsize
+        self.held -= self.room * size * itemsize
         return True
 
 

@@ -32,20 +32,21 @@ _FAR = 1 << 22  # numbers
 _ROWS = 1024  # summed in float32 at a time, if a record has several
 
 
-def gram_is_cheaper(rows: int, widths: tuple[int, int], groups: Groups, holdable: bool) -> bool:
+def gram_is_cheaper(rows: float, widths: tuple[int, int], patients: int, holdable: bool) -> bool:
     """Whether a patient's norm comes cheaper from Gram matrices than from its gradient, sum included.
 
     In multiplications: the Gram matrices (in float64) and the weighted sum, against the patient's gradient
     and its passage through memory (written, squared, summed), or two products if it can't be held.
 
     Args:
-        rows: of a record.
+        rows: of a patient.
         widths: of an input and of an output.
+        patients: that there may be.
     """
-    each, size, width = rows * groups.mean_records, widths[0] * widths[1], sum(widths)
-    touch = _TOUCH_FAR if groups.patients * size > _FAR else _TOUCH
-    gram = 2 * each * each * width + 3 * each * width * _TOUCH + each * size
-    gradient = each * size + 3 * size * touch if holdable else 2 * each * size + 2 * size * touch
+    size, width = widths[0] * widths[1], sum(widths)
+    touch = _TOUCH_FAR if patients * size > _FAR else _TOUCH
+    gram = 2 * rows * rows * width + 3 * rows * width * _TOUCH + rows * size
+    gradient = rows * size + 3 * size * touch if holdable else 2 * rows * size + 2 * size * touch
     return gram < gradient
 
 
@@ -112,7 +113,7 @@ class Rows:
             norms.squares += len(self.biases) * row_squares(summed)
         if not self.weights:
             self._held_biases = summed
-        elif norms.hold(groups.patients * self._size, self.a.element_size()):
+        elif norms.hold(self._size, self.a.element_size()):
             self._held = self._gradients(groups)
             norms.squares += row_squares(self._held)
             self._held_biases = summed if self.biases else None
@@ -122,9 +123,9 @@ class Rows:
                 norms.squares[block.patients] += row_squares(self._gradients(block.groups, block.records))
 
     def _gram_is_cheaper(self, groups: Groups, norms: Norms) -> bool:
-        rows = self.g.shape[1] if self.g.dim() == 3 else 1
-        holdable = norms.could_hold(groups.patients * self._size, self.a.element_size())
-        return gram_is_cheaper(rows, (self.a.shape[-1], self.g.shape[-1]), groups, holdable)
+        rows = groups.mean_records * (self.g.shape[1] if self.g.dim() == 3 else 1)
+        holdable = norms.could_hold(self._size, self.a.element_size())
+        return gram_is_cheaper(rows, (self.a.shape[-1], self.g.shape[-1]), norms.room, holdable)
 
     def _three(self) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.a, self.g) if self.g.dim() == 3 else (self.a[:, None], self.g[:, None])

@@ -58,7 +58,7 @@ def exact(part: Convolution) -> torch.Tensor:
 
 def rough(part: Convolution) -> Norms:
     groups = Groups(torch.arange(len(part.x)), len(part.x))
-    norms = Norms(groups, part.x, 0)
+    norms = Norms(groups, part.x, 0, RECORDS)
     part._gram_norms(groups, norms)
     return norms
 
@@ -125,7 +125,7 @@ def test_zeros_are_zero() -> None:
 
 def test_patients_with_several_records_are_taken_exactly() -> None:
     part = convolution("pixels", (3, 4), (1.0, 1.0), None)
-    norms = Norms(Groups(torch.zeros(RECORDS, dtype=torch.int64), 1), part.x, 0)
+    norms = Norms(Groups(torch.zeros(RECORDS, dtype=torch.int64), 1), part.x, 0, RECORDS)
     part._gram_norms(Groups(torch.zeros(RECORDS, dtype=torch.int64), 1), norms)
     assert not norms._rough
     how, like = part._geometry, torch.empty(part.weight.shape, dtype=torch.float64)
@@ -141,13 +141,13 @@ def test_who_has_one_record_is_taken_alike_beside_one_with_several(kind: str, cl
     alone = rough(part)
     alone.settle()
     patient = torch.tensor([0, 1, 1, 2, 3])
-    mixed = Norms(Groups(patient, 4), part.x, 0)
+    mixed = Norms(Groups(patient, 4), part.x, 0, RECORDS)
     part._gram_norms(Groups(patient, 4), mixed)
     ((_, error, _),) = mixed._rough
     assert (error > 0).tolist() == [True, False, True, True]
     mixed.settle()
     torch.testing.assert_close(mixed.squares[[0, 2, 3]], alone.squares[[0, 3, 4]], rtol=1e-6, atol=0)
     two = Convolution(part.weight, part._geometry, part.x[1:3], part.g[1:3])
-    together = Norms(Groups(torch.zeros(2, dtype=torch.int64), 1), part.x, 0)
+    together = Norms(Groups(torch.zeros(2, dtype=torch.int64), 1), part.x, 0, RECORDS)
     two._gram_norms(Groups(torch.zeros(2, dtype=torch.int64), 1), together)
     assert float(mixed.squares[1]) == pytest.approx(float(together.squares), rel=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ def contribution(part: Part, size: int, records: int, C: float, monkey: pytest.M
     monkey.setattr(engine, "_backward", lambda *_: [part])
     block = Block(slice(0, records), slice(0, 1), Groups(torch.zeros(records, dtype=torch.int64), 1))
     total = torch.zeros(size, dtype=torch.float64)
-    engine._add_piece(None, None, block, None, (C, total))  # type: ignore[arg-type]
+    seats = SimpleNamespace(limit=1)
+    engine._add_piece(None, None, block, seats, (C, total))  # type: ignore[arg-type]
     return total
 
 
@@ -308,6 +310,33 @@ def test_equal_patients_who_all_go_another_way_are_within_the_margin() -> None:
     engine, batch = TappedGradients(network, Objective(task="binary")), everybody(cohort)
     whole, rest = engine.sum(cohort, batch, 1.0), engine.sum(cohort, less(batch, 3744), 1.0)
     assert float((whole - rest).norm()) <= 1
+
+
+@pytest.mark.parametrize("expected", [20.0, 300.0])
+@pytest.mark.parametrize("layer", [nn.Linear(37, 64), nn.Conv1d(16, 24, 3)])
+def test_the_number_of_others_doesnt_choose_the_way(
+    layer: nn.Module, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that just holds the gradients of 30 patients: those of 31 aren't computed in another way."""
+    network = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(OUTPUTS))
+    cohort = cohort_of([1] * 31, (16, 37))
+    network(cohort.features)
+    batch, held, own = everybody(cohort), list[bool](), Norms.hold
+
+    def hold(norms: Norms, size: int, itemsize: int) -> bool:
+        held.append(own(norms, size, itemsize))
+        return held[-1]
+
+    monkeypatch.setattr(Norms, "hold", hold)
+    ways = []
+    for some in (batch, less(batch, 30)):
+        held.clear()
+        engine = TappedGradients(network, OBJECTIVE, expected, memory=1 << 30)
+        engine._seats(cohort.features, 31)  # with room for all of them
+        engine._memory = 4 * 4 * 30 * next(layer.parameters()).numel()
+        engine.sum(cohort, some, 1.0)
+        ways.append([*held])
+    assert ways[0] == ways[1]
 
 
 @pytest.mark.parametrize("engine", [TappedGradients, ClippedGradients])
