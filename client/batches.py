@@ -49,7 +49,7 @@ def draw_batch(patients: Patients, plan: StepPlan, stream: Stream) -> Batch:
 
 def batch_of(patients: Patients, chosen: np.ndarray, plan: StepPlan, stream: Stream) -> Batch:
     """The batch of given patients (indices int64 [patients])."""
-    if patients.labels.shape[0] == len(patients):  # one record each
+    if patients.one_record_each:
         return Batch(torch.from_numpy(chosen), *_one_each(len(chosen)), len(chosen))
     offsets = patients.offsets.numpy()
     counts = offsets[chosen + 1] - offsets[chosen]

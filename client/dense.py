@@ -96,7 +96,7 @@ class DenseGradients:
     """Sums of clipped per-patient gradients of one network; see `not_dense`.
 
     Args:
-        expected: public number of records in a step.
+        expected: public number of patients in a step.
 
     Raises:
         StudyError: if the network isn't made of linear layers and elementwise activations.

@@ -93,7 +93,7 @@ class ClippedGradients:
 
     Args:
         network: taken over: use `network` of this object from here on.
-        expected: public number of records in a step, by which the size of blocks is chosen.
+        expected: public number of patients in a step, by which the size of blocks is chosen.
         memory: bytes that per-record gradients may take up.
     """
 

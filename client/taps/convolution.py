@@ -158,9 +158,9 @@ class Convolution:
         record[layout.who] = torch.arange(len(self.x), device=x.device)[single]
 
         def exact(who: torch.Tensor) -> torch.Tensor:
-            of = record[who]
-            result = found.new_zeros(len(who))
-            result[of >= 0] = self._grams(self.x[of[of >= 0]], self.g[of[of >= 0]], ALONE, torch.float64)[0]
+            result, own = found.new_zeros(len(who)), record[who] >= 0
+            of = record[who[own]]
+            result[own] = self._grams(self.x[of], self.g[of], ALONE, torch.float64)[0]
             return result
 
         every = found.new_zeros(2, patients)

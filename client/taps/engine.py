@@ -62,7 +62,8 @@ class TappedGradients:
         self.network = network
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self._objective, self._memory = objective, memory
-        self._patients = math.ceil(expected + 6 * math.sqrt(expected))  # more in one of a billion steps
+        # More are there once in a billion steps, or where a site has far more than it declares
+        self._patients = math.ceil(expected + 6 * math.sqrt(expected)) + 10
         self._tape, self._slots, offset = Tape(), dict[int, Slot](), 0
         for parameter in self.parameters:
             self._slots[id(parameter)] = Slot(offset, tuple(parameter.shape))
@@ -102,10 +103,10 @@ class TappedGradients:
         |input| |output gradient|)².
 
         A patient whose D overflows, or is 2^60 or more, counts as zero: NaN would drown the noise and tell
-        everyone that such a patient is here. Below, nothing overflows however it is computed: of several
-        ways to |g| the number of patients decides which is taken, and where one of them overflowed and
-        another did not, one patient more would silence all others, or give them back. From 2^59 on h falls
-        from 1 to 0 evenly, so that rounding of D moves nobody by much.
+        everyone that such a patient is here. Below, nothing overflows however it is computed: which of
+        several ways to |g| is taken may hang on other patients, and where one of them overflowed and another
+        did not, one patient more would silence all others, or give them back. From 2^59 on h falls from 1 to
+        0 evenly, so that rounding of D moves nobody by much.
 
         What the network computes for a record is the same bit for bit whoever else takes part (`company`);
         later steps round, and how may depend on others. A product over n rows is off by at most

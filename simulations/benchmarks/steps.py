@@ -47,7 +47,6 @@ from common.study import Objective, Optimizer
 from simulations.benchmarks.networks import WORKS, Work
 
 Step = Callable[[], None]
-
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """An allocator that keeps what it was given; freed memory otherwise costs page faults at every step."""
 SECONDS = 0.15  # of one repetition of one way
