@@ -33,7 +33,7 @@ Mask = npt.NDArray[np.bool_]
 FINITE_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NUMBER = FINITE_NUMBER + r"|^[+-]?(?i:inf|infinity)$"
 _COMMA = "not a number, for a comma (if decimals follow it, site.toml can say so: [data] decimal)"
-_DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
+DECIMAL_COMMA = r"^[+-]?[0-9]+,[0-9]+$"
 _MISSING = "missing though the study refuses missing values"
 _SCHEMAS_KEPT = 32
 
@@ -193,7 +193,7 @@ def _decode_numeric(table: Table, column: NumericColumn, violations: list[Violat
             found = np.flatnonzero(strange[s * table.records : (s + 1) * table.records])
             if len(found):
                 cells = text.take(pa.array(found + s * table.records))
-                commas = pc.all(pc.match_substring_regex(cells, _DECIMAL_COMMA)).as_py()
+                commas = pc.all(pc.match_substring_regex(cells, DECIMAL_COMMA)).as_py()
                 reason = _COMMA if commas else "not a number"
                 violations.append(table.violation(source, reason, found))
         values[strange] = (column.range[0] + column.range[1]) / 2  # already told; no second violation

@@ -163,7 +163,7 @@ class _Rounds:
         reasons = "; ".join(f"{a.site}: {a.detail}" for a in answers if a.outcome != "reply")
         raise StudyFailed(
             f"round {job.header.round}: fewer than {self._settings.quorum} sites answered ({reasons[:1500]})",
-            remedy="mend that, then run the study again, or resume the session where a coordinator keeps it",
+            remedy=f"mend that, then: fedward-server resume FOLDER {self._session.id}, or simulate again",
         )
 
     def _collect(self, job: Job, content: bytes) -> tuple[list[Reply], list[SiteAnswer]]:

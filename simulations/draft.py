@@ -20,7 +20,7 @@ from client.settings import DataSource
 from client.sources.delimited import read_csv
 from common.errors import DataError, StudyError
 from common.features import normal_code
-from common.schema import FINITE_NUMBER
+from common.schema import DECIMAL_COMMA, FINITE_NUMBER
 from common.study import Study, parse_study
 
 ABSENT = ("NA", "N/A", "n/a", "na", "NULL", "null", "None", "none", "?", ".", "-", "k.A.", "k. A.", "n.d.")
@@ -32,7 +32,6 @@ _SPELT = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "ß": "ss", "œ": "oe", "µ": "u"}
 )
 _MOST_STRANGE = 0.2  # of a column's cells: else its numbers are chance
-_DECIMAL_COMMA = r"[+-]?[0-9]+,[0-9]+"
 FEW_NUMBERS = 5  # whole numbers of which there are no more are taken for codes
 _KEYS = ("patient_id", "patient", "patientid", "subject_id", "subject", "person_id", "pid", "mrn", "id")
 _LABELS = ("label", "outcome", "target", "diagnosis", "class", "y")
@@ -232,7 +231,7 @@ def _column(name: str, values: pd.Series) -> list[str] | str:
 
 def _unusable(known: pd.Series) -> str:
     """Why a column of neither numbers nor few codes is left out; never what a cell holds."""
-    commas = known.str.fullmatch(_DECIMAL_COMMA)
+    commas = known.str.fullmatch(DECIMAL_COMMA)
     strange = ~known.str.fullmatch(FINITE_NUMBER) & ~commas
     if strange.mean() <= _MOST_STRANGE and commas.any():
         return f"decimal commas in {int(commas.sum())} cells: export numbers with a point"

@@ -286,7 +286,7 @@ def test_below_the_quorum_nothing_counts(tmp_path: Path) -> None:
     with pytest.raises(StudyFailed, match="fewer than 4 sites") as failure:
         run_session(store, "one", port, initial)
     assert "birch: not-approved: no" in failure.value.message
-    assert "resume the session" in failure.value.remedy
+    assert "resume FOLDER one" in failure.value.remedy
     assert store.session("one").status == FAILED
     assert store.rounds_done("one") == 1
     assert port.exchanges == 2  # who refuses, refuses again: not asked a second time
